@@ -1,0 +1,83 @@
+"""Types of the native core; the functions are documented where `hfpp.plan` wraps them."""
+
+from enum import IntEnum
+from typing import Final, SupportsIndex, final
+
+__version__: Final[str]
+
+@final
+class Table:
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    def row(self, *args: SupportsIndex) -> tuple[int, ...]: ...
+    def __getitem__(self, key: SupportsIndex | tuple[SupportsIndex, ...]) -> int: ...
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+class DType(IntEnum):
+    bool = 0
+    uint8 = 1
+    int8 = 2
+    int16 = 3
+    int32 = 4
+    int64 = 5
+    float16 = 6
+    bfloat16 = 7
+    float32 = 8
+    float64 = 9
+
+def itemsize(dtype: DType | SupportsIndex | str) -> int: ...
+def checked_integer(
+    name: str,
+    value: object,
+    *,
+    minimum: SupportsIndex | None = None,
+    maximum: SupportsIndex | None = None,
+) -> int: ...
+def stage_ids_this_rank(
+    pp_rank: SupportsIndex, pp_size: SupportsIndex, num_stages: SupportsIndex, style: str = "loop"
+) -> tuple[int, ...]: ...
+def stage_ids_by_rank(
+    pp_size: SupportsIndex, num_stages: SupportsIndex, style: str = "loop"
+) -> Table: ...
+def ranks_by_stage(
+    pp_size: SupportsIndex, num_stages: SupportsIndex, style: str = "loop"
+) -> Table: ...
+def uniform_offsets(num_stages: SupportsIndex, num_layers: SupportsIndex) -> Table: ...
+def layers_of_stage(
+    stage_index: SupportsIndex, num_stages: SupportsIndex, num_layers: SupportsIndex
+) -> tuple[int, int]: ...
+def fqn_lists(
+    num_stages: SupportsIndex,
+    num_layers: SupportsIndex,
+    *,
+    layers_prefix: str,
+    first: tuple[str, ...],
+    last: tuple[str, ...],
+    every: tuple[str, ...],
+) -> list[list[str]]: ...
+def fqn_list_of_stage(
+    stage_index: SupportsIndex,
+    num_stages: SupportsIndex,
+    num_layers: SupportsIndex,
+    *,
+    layers_prefix: str,
+    first: tuple[str, ...],
+    last: tuple[str, ...],
+    every: tuple[str, ...],
+) -> list[str]: ...
+def boundary_tables(
+    num_stages: SupportsIndex,
+    *,
+    microbatch_size: SupportsIndex,
+    seq_len: SupportsIndex,
+    hidden_size: SupportsIndex,
+    vocab_size: SupportsIndex | None,
+    dtype: DType | SupportsIndex | str,
+) -> tuple[Table, Table, Table]: ...

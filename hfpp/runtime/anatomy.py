@@ -1,0 +1,446 @@
+"""A live model's parts and what crosses each possible cut, read off one hollow run."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfpp.errors import PipelineConfigError
+from hfpp.runtime.skeleton import meta_skeleton
+from hfpp.runtime.trace import Call, Key, Path, Trace, Value, run_hollow
+
+IDS = "input ids"
+"""Key of the slot that carries the token ids themselves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One value that crosses a cut.
+
+    ``key`` is equal at two cuts that the same value crosses. ``uses``: (layer, path in the call's
+    ``(args, kwargs)``) of every layer from the cut on that takes the value; none for the token ids.
+    """
+
+    key: Any
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    uses: tuple[tuple[int, Path], ...]
+
+    @property
+    def is_floating(self) -> bool:
+        """True where a gradient comes back."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """How the model calls one layer: where the hidden state goes in, and the result's structure."""
+
+    hidden_path: Path
+    hidden_shape: tuple[int, ...]
+    output: Any
+
+
+@dataclass(frozen=True, slots=True)
+class TensorLike:
+    """What is left of a recorded tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(slots=True)
+class Anatomy:
+    """The parts of one model class with one config.
+
+    Attributes:
+        model_name: class name, for errors.
+        layers_name: FQN of the list of layers.
+        num_layers: its length.
+        calls: how each called layer is called, by index.
+        batch: batch size of the run, int; found in no size of the model.
+        seq: sequence length of the run, int; found in no size of the model.
+        dtype: floating dtype that the model had in the run.
+        output: shape and dtype of the primary output (the logits, else the hidden state).
+        ids_name: name of the forward's first argument.
+        skeleton: the model without weights.
+    """
+
+    model_name: str
+    layers_name: str
+    num_layers: int
+    calls: dict[int, LayerCall]
+    batch: int
+    seq: int
+    dtype: torch.dtype
+    output: TensorLike
+    ids_name: str
+    skeleton: nn.Module
+    _output_node: int
+    _trace: Trace
+    _layer_calls: dict[int, Call]
+    _facts: _Facts
+    _slots: dict[int, tuple[Slot, ...]] = field(default_factory=dict)
+    _resized: dict[tuple[int, int, torch.dtype], Anatomy] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: Any) -> Anatomy:
+        return self  # never changed once made; copies of a stage share it
+
+    def slots(self, cut: int) -> tuple[Slot, ...]:
+        """What crosses before layer ``cut``, the hidden state first.
+
+        Raises:
+            PipelineConfigError: if the model's forward cannot be cut there.
+        """
+        if cut not in self._slots:
+            self._slots[cut] = self._find_slots(cut)
+        return self._slots[cut]
+
+    def outer_parameters(self, start: int, stop: int) -> set[str]:
+        """FQNs outside the layer list that layers ``start`` to ``stop - 1`` and what lies around
+        them on their stage use; ``start`` 0 includes the way in, ``stop`` the end the way out.
+        """
+        graph = self._trace.graph
+        incoming = self._slots_before(start)
+        known = {slot.key for slot in incoming}
+        if stop >= self.num_layers:
+            outputs = [self._output_node]
+        else:
+            outputs = [s.key[0] for s in self.slots(stop) if s.key not in known and s.key != IDS]
+        stops = {slot.key[0] for slot in incoming if slot.key != IDS}
+        prefix = f"{self.layers_name}."
+        return {
+            graph.labels[node]
+            for node in graph.reach(outputs, stops)
+            if graph.kinds[node] == "param" and not graph.labels[node].startswith(prefix)
+        }
+
+    def slot_metas(
+        self, cut: int, batch: int, seq: int, dtype: torch.dtype | None
+    ) -> tuple[TensorLike, ...]:
+        """Shapes and dtypes of ``slots(cut)`` for other sizes, and for a model cast to ``dtype``.
+
+        One hidden state grows with batch and sequence. Anything beside it may grow otherwise (a
+        window, a top-k), so it is read off a run of just these sizes.
+        """
+        exact = len(self.slots(cut)) > 1
+        at = self._at_sizes(batch, seq, dtype, exact=exact)
+        sizes = at._size_map(batch, seq)
+        return tuple(
+            TensorLike(tuple(sizes.get(n, n) for n in slot.shape), slot.dtype)
+            for slot in at.slots(cut)
+        )
+
+    def output_meta(self, batch: int, seq: int, dtype: torch.dtype | None) -> TensorLike:
+        """Shape and dtype of the model's output for other sizes."""
+        at = self._at_sizes(batch, seq, dtype, exact=False)
+        sizes = at._size_map(batch, seq)
+        return TensorLike(tuple(sizes.get(n, n) for n in at.output.shape), at.output.dtype)
+
+    def sizes_from(self, hidden: torch.Tensor, cut: int) -> tuple[int, int]:
+        """Batch size and sequence length, read off the hidden state received at ``cut``."""
+        shape = self.slots(cut)[0].shape
+        return hidden.shape[shape.index(self.batch)], hidden.shape[shape.index(self.seq)]
+
+    def _size_map(self, batch: int, seq: int) -> dict[int, int]:
+        if (batch, seq) == (self.batch, self.seq):
+            return {}
+        return {self.batch: batch, self.seq: seq, self.batch * self.seq: batch * seq}
+
+    def _at_sizes(
+        self, batch: int, seq: int, dtype: torch.dtype | None, *, exact: bool
+    ) -> Anatomy:
+        dtype = dtype or self.dtype
+        if dtype == self.dtype and (not exact or (batch, seq) == (self.batch, self.seq)):
+            return self
+        key = (batch, seq, dtype) if exact else (self.batch, self.seq, dtype)
+        if key not in self._resized:
+            skeleton = self.skeleton
+            if dtype != self.dtype:
+                skeleton = copy.deepcopy(skeleton).to(dtype)
+            self._resized[key] = _run(self.model_name, skeleton, key[0], key[1])
+        return self._resized[key]
+
+    def _slots_before(self, start: int) -> tuple[Slot, ...]:
+        return self.slots(start) if start > 0 else ()
+
+    def _find_slots(self, cut: int) -> tuple[Slot, ...]:
+        facts, order = self._facts, sorted(self._layer_calls)
+        if cut not in self._layer_calls:
+            raise PipelineConfigError(
+                f"{self.model_name} does not call layer {cut} of {self.layers_name!r}: "
+                f"begin the stage at one of {order}."
+            )
+        hidden = _at(self._layer_calls[cut].inputs, self.calls[cut].hidden_path)
+        found: dict[Any, Value] = {hidden.key: hidden}
+        uses: dict[Any, list[tuple[int, Path]]] = {hidden.key: []}
+        for layer in order:
+            if layer < cut:
+                continue
+            for value in self._layer_calls[layer].inputs:
+                crosses = facts.computed[value.node] and facts.level[value.node] < cut
+                if crosses or value.key == hidden.key:
+                    found.setdefault(value.key, value)
+                    uses.setdefault(value.key, []).append((layer, value.path))
+        slots = [
+            Slot(key, value.shape, value.dtype, tuple(uses[key])) for key, value in found.items()
+        ]
+        self._refuse_glue(cut, {value.node for value in found.values()})
+        shape = slots[0].shape
+        if facts.reads_ids or self.batch not in shape or self.seq not in shape:
+            slots.append(Slot(IDS, (self.batch, self.seq), torch.int64, ()))
+        return tuple(slots)
+
+    def _refuse_glue(self, cut: int, stops: set[int]) -> None:
+        """Code between or after later layers that reads a value from before the cut."""
+        graph, facts = self._trace.graph, self._facts
+        first = self._layer_calls[cut].first_node
+        for node in graph.reach([self._output_node], stops):
+            if facts.layer[node] >= 0 or node < first or graph.kinds[node] != "op":
+                continue
+            for parent in graph.parents[node]:
+                if parent < first and facts.flows[parent]:
+                    raise PipelineConfigError(
+                        f"{self.model_name} cannot be cut before layer {cut} of "
+                        f"{self.layers_name!r}: its forward uses a value made before that layer "
+                        f"outside of the layers ({graph.labels[node]} reads the result of "
+                        f"{graph.labels[parent]}). Keep the layers on one stage (pipeline size 1), "
+                        f"or cut elsewhere."
+                    )
+
+
+@dataclass(slots=True)
+class _Facts:
+    """Per node: the layer it was made in (-1: none), the latest layer it depends on, whether it
+    depends on parameters, layers (``computed``) and whether a later stage could not redo it
+    (``flows``); and whether the model's own code needs the values of the ids on every stage.
+    """
+
+    layer: list[int]
+    level: list[int]
+    computed: list[bool]
+    flows: list[bool]
+    reads_ids: bool
+
+
+def find_anatomy(model: nn.Module) -> Anatomy:
+    """Take ``model`` apart; its weights are neither read nor copied.
+
+    Raises:
+        PipelineConfigError: naming the model class, if no list of layers is found or the forward
+            cannot be followed.
+    """
+    batch, seq = _run_sizes(model)
+    return _run(type(model).__name__, meta_skeleton(model), batch, seq)
+
+
+def _run(name: str, skeleton: nn.Module, batch: int, seq: int) -> Anatomy:
+    ids_name = first_argument(skeleton)
+    inputs = {ids_name: _plain_ids(skeleton, batch, seq)}
+    try:
+        trace = run_hollow(skeleton, inputs, forward_constants(skeleton))
+    except Exception as error:
+        raise PipelineConfigError(
+            f"{name} cannot be split: its forward failed on {ids_name} of shape [{batch}, {seq}] "
+            f"without weights ({type(error).__name__}: {error}). Check that "
+            f"model({ids_name}=...) runs with no other argument."
+        ) from error
+    layers_name = _find_layers(name, skeleton, trace)
+    layer_calls = {call.index: call for call in trace.calls if call.list_name == layers_name}
+    output = _primary_output(name, trace.result)
+    dtypes = [p.dtype for p in skeleton.parameters() if p.is_floating_point()]
+    return Anatomy(
+        model_name=name,
+        layers_name=layers_name,
+        num_layers=len(_as_list(skeleton.get_submodule(layers_name))),
+        calls={index: _layer_call(call) for index, call in layer_calls.items()},
+        batch=batch,
+        seq=seq,
+        dtype=dtypes[0],
+        output=TensorLike(output.shape, output.dtype),
+        ids_name=ids_name,
+        skeleton=skeleton,
+        _output_node=output.node,
+        _trace=trace,
+        _layer_calls=layer_calls,
+        _facts=_find_facts(name, trace, layers_name, ids_name),
+    )
+
+
+def forward_constants(model: nn.Module) -> dict[str, Any]:
+    """Arguments that every stage's own forward gets: no key-value cache while training."""
+    parameters = inspect.signature(type(model).forward).parameters
+    return {"use_cache": False} if "use_cache" in parameters else {}
+
+
+def first_argument(model: nn.Module) -> str:
+    """Name of the argument that takes the token ids."""
+    parameters = list(inspect.signature(type(model).forward).parameters)[1:]
+    if not parameters:
+        raise PipelineConfigError(
+            f"{type(model).__name__}.forward takes no argument: a pipeline needs one for the input."
+        )
+    return "input_ids" if "input_ids" in parameters else parameters[0]
+
+
+def _run_sizes(model: nn.Module) -> tuple[int, int]:
+    """A batch size and a sequence length that are no size of the model."""
+    taken = {size for parameter in model.parameters() for size in parameter.shape}
+    config = getattr(model, "config", None)
+    values = getattr(config, "to_dict", dict)()
+    taken |= {v for v in values.values() if isinstance(v, int)}
+    batch = next(n for n in (3, 5, 7, 11, 2, 1) if n not in taken or n == 1)
+    seq = next(n for n in (13, 11, 17, 19, 23, 29, 31, 37, 8) if n not in taken or n == 8)
+    return batch, seq
+
+
+def _plain_ids(model: nn.Module, batch: int, seq: int) -> torch.Tensor:
+    """Token ids, int64 [batch, seq], that are nobody's special token."""
+    values = getattr(getattr(model, "config", None), "to_dict", dict)()
+    special = {v for k, v in values.items() if k.endswith(("token_id", "_token_index"))
+               and isinstance(v, int)}
+    plain = [i for i in range(len(special) + 8) if i not in special][:7]
+    ids = torch.tensor(plain, dtype=torch.int64)
+    return ids.repeat(batch * seq // len(plain) + 1)[: batch * seq].reshape(batch, seq).clone()
+
+
+def _as_list(module: nn.Module) -> nn.ModuleList | nn.Sequential:
+    assert isinstance(module, nn.ModuleList | nn.Sequential)
+    return module
+
+
+def _hidden_of(call: Call) -> Value | None:
+    """The argument that the layer hands on: floating, of the shape of a floating result."""
+    shapes = {v.shape for v in call.outputs if v.is_floating}
+    candidates = [v for v in call.inputs if v.is_floating and len(v.shape) >= 2]
+    named = [v for v in candidates if v.path == (1, Key("hidden_states"))]
+    return next((v for v in named + candidates if v.shape in shapes), None)
+
+
+def _find_layers(name: str, skeleton: nn.Module, trace: Trace) -> str:
+    """The outermost list whose elements map a hidden state to a hidden state, largest first."""
+    counts: dict[str, list[int]] = {}
+    for call in trace.calls:
+        if _hidden_of(call) is not None:
+            counts.setdefault(call.list_name, []).append(call.index)
+    lists = [n for n, indices in counts.items() if len(set(indices)) >= 2]
+    outermost = [n for n in lists if not any(n.startswith(f"{o}.") for o in lists if o != n)]
+    if not outermost:
+        raise PipelineConfigError(
+            f"{name} cannot be split: no nn.ModuleList or nn.Sequential of two or more layers is "
+            f"called with a hidden state that it returns in the same shape."
+        )
+
+    def size(list_name: str) -> int:
+        return sum(p.numel() for p in skeleton.get_submodule(list_name).parameters())
+
+    best = max(outermost, key=size)
+    indices = counts[best]
+    if sorted(set(indices)) != indices:
+        raise PipelineConfigError(
+            f"{name} cannot be split: its forward calls the layers of {best!r} in the order "
+            f"{_shortened(indices)}; a stage needs each layer once, in order."
+        )
+    return best
+
+
+def _shortened(indices: list[int]) -> str:
+    return str(indices) if len(indices) <= 16 else f"{str(indices[:16])[:-1]}, ...]"
+
+
+class Hidden:
+    """Marks the hidden state's place in a layer's result."""
+
+
+def _layer_call(call: Call) -> LayerCall:
+    hidden = _hidden_of(call)
+    assert hidden is not None
+    found = False
+
+    def describe(value: Any) -> Any:
+        nonlocal found
+        if isinstance(value, torch.Tensor):
+            if not found and value.is_floating_point() and tuple(value.shape) == hidden.shape:
+                found = True
+                return Hidden()
+            return TensorLike(tuple(value.shape), value.dtype)
+        if isinstance(value, Mapping) and hasattr(value, "to_tuple"):
+            return type(value)(**{k: describe(v) for k, v in value.items()})
+        if isinstance(value, dict):
+            return {k: describe(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [describe(item) for item in value]
+        if isinstance(value, tuple):
+            items = [describe(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        return value
+
+    return LayerCall(hidden.path, hidden.shape, describe(call.output))
+
+
+def _primary_output(name: str, result: list[Value]) -> Value:
+    """The tensor that the forward is called for, by the same rule as ``stage_module``."""
+    paths = {value.path: value for value in result}
+    for path in ((), (Key("logits"),), (Key("last_hidden_state"),)):
+        if path in paths:
+            return paths[path]
+    top = [value for value in result if len(value.path) == 1]
+    if not top:
+        raise PipelineConfigError(
+            f"{name} cannot be split: its forward returns no tensor at its top level."
+        )
+    return top[0]
+
+
+def _at(values: list[Value], path: Path) -> Value:
+    return next(value for value in values if value.path == path)
+
+
+def _find_facts(name: str, trace: Trace, layers_name: str, ids_name: str) -> _Facts:
+    graph = trace.graph
+    inside = []
+    for call in trace.calls:
+        own = call.index if call.list_name == layers_name else -1
+        inside.append(own if own >= 0 or call.parent < 0 else inside[call.parent])
+    size = len(graph)
+    layer = [inside[c] if c >= 0 and k == "op" else -1
+             for c, k in zip(graph.calls, graph.kinds, strict=True)]
+    level, param, ids = [-1] * size, [False] * size, [False] * size
+    for node in range(size):
+        parents = graph.parents[node]
+        level[node] = max([layer[node], *(level[p] for p in parents)])
+        param[node] = graph.kinds[node] == "param" or any(param[p] for p in parents)
+        ids[node] = node == trace.input_nodes[ids_name] or any(ids[p] for p in parents)
+    computed = [level[n] >= 0 or param[n] for n in range(size)]
+    flows = [level[n] >= 0 or (param[n] and ids[n]) for n in range(size)]
+
+    def ids_only(node: int) -> bool:
+        return ids[node] and not computed[node]
+
+    arguments = (
+        value.node
+        for call in trace.calls
+        if call.list_name == layers_name
+        for value in call.inputs
+    )
+    reads = [node for node, call in trace.reads if call < 0 or inside[call] < 0]
+    for node in reads:
+        if flows[node]:
+            raise PipelineConfigError(
+                f"{name} cannot be split: its forward branches in Python on the value of a "
+                f"computed tensor ({graph.labels[node]}) outside of the layers, which only one "
+                f"stage would know."
+            )
+    outside_use = any(
+        layer[node] < 0 and computed[node] and any(ids_only(p) for p in graph.parents[node])
+        and node > min(c.first_node for c in trace.calls if c.list_name == layers_name)
+        for node in range(size)
+    )
+    reads_ids = any(map(ids_only, arguments)) or any(map(ids_only, reads)) or outside_use
+    return _Facts(layer, level, computed, flows, reads_ids)

@@ -1,0 +1,182 @@
+"""torch's schedules with hfpp's `step` and `eval`: subclasses, one per class of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from hfpp.errors import PipelineConfigError
+from hfpp.runtime import torch_compat as compat
+from hfpp.runtime.forward_only import forward_actions, run_forward
+
+if TYPE_CHECKING:
+    from hfpp.plan.actions import Action
+
+    _Base = compat.TorchSchedule
+else:
+    _Base = object
+
+__all__ = ["ControlledSchedule", "StepContext", "add_step_context", "controlled"]
+
+StepContext = Callable[[], AbstractContextManager[None]]
+"""Makes a context manager for one step."""
+
+
+class ControlledSchedule(_Base):
+    """What hfpp adds to a schedule of torch; comes before torch's class in the bases."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._step_contexts: list[StepContext] = []
+        self._forward_actions: list[Action] | None = None
+
+    def step(
+        self,
+        *args: Any,
+        target: Any = None,
+        losses: list[Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Runs a batch forward and backward, as torch does; without a loss_fn forward only.
+
+        Args:
+            *args: inputs of the model, on the rank of the first stage.
+            target: what the loss is computed against, on the rank of the last stage.
+            losses: emptied and filled with the loss of each microbatch there.
+            **kwargs: `return_outputs` and torch's other options; the rest goes to every stage.
+
+        Returns:
+            The outputs of the batch on the rank of the last stage; None elsewhere.
+        """
+        if self._loss_fn is None:
+            return self.eval(*args, target=target, losses=losses, **kwargs)
+        if target is None and kwargs.get("target_mbs") is None and self._has_last_stage():
+            raise PipelineConfigError(
+                "target is None, but this rank holds the last stage and computes the loss: pass "
+                "target to step, or call eval for a forward without a loss"
+            )
+        self._check_batch(args, target)
+        with ExitStack() as contexts:
+            for make in self._step_contexts:
+                contexts.enter_context(make())
+            return cast("Any", super()).step(*args, target=target, losses=losses, **kwargs)
+
+    def eval(
+        self,
+        *args: Any,
+        target: Any = None,
+        losses: list[Any] | None = None,
+        return_outputs: bool = True,
+        loss_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Runs a batch forward only, without gradients, keeping nothing for a backward.
+
+        Args:
+            *args: inputs of the model, on the rank of the first stage.
+            target: with one (and a loss_fn), losses are computed; None: outputs only.
+            losses: emptied and, on the rank of the last stage, filled with each microbatch's loss.
+            return_outputs: whether the last stage's rank collects and returns the outputs.
+            loss_kwargs: further arguments of the loss.
+            **kwargs: go to every stage.
+
+        Returns:
+            The outputs of the batch on the rank of the last stage; None elsewhere.
+        """
+        self._check_batch(args, target)
+        arguments, keywords, targets = compat.split_batch(self, args, kwargs, target)
+        stages = compat.local_stages(self)
+        outputs: list[Any] = []
+        found: list[Any] = []
+
+        def on_output(microbatch: int, output: Any) -> None:
+            if return_outputs:
+                outputs.append(output)
+            if targets is not None and self._loss_fn is not None:
+                found.append(self._loss_fn(output, targets[microbatch], **(loss_kwargs or {})))
+
+        had_backward = self._has_backward
+        with ExitStack() as contexts:
+            if not (compat.is_initialized(self) and all(map(compat.has_static_metadata, stages))):
+                # Shapes that were inferred in training need not be those of this batch.
+                contexts.enter_context(compat.other_infrastructure(self))
+            self._has_backward = False
+            for stage in stages:
+                stage.has_backward = False
+            try:
+                compat.clear_run(stages)
+                if not compat.is_forward_initialized(self):
+                    with torch.no_grad():
+                        compat.initialize(self, arguments[0], keywords[0])
+                run_forward(self._actions(), stages, arguments, keywords, on_output)
+            finally:
+                compat.clear_run(stages)
+                self._has_backward = had_backward
+        if losses is not None and self._has_last_stage():
+            losses[:] = found
+        return compat.merge_outputs(self, outputs) if outputs else None
+
+    def _initialize_stage(self, *args: Any, **kwargs: Any) -> None:
+        with compat.undisturbed_unless_initialized(self):
+            cast("Any", super())._initialize_stage(*args, **kwargs)
+
+    def _initialize_stages(self, *args: Any, **kwargs: Any) -> None:
+        with compat.undisturbed_unless_initialized(self):
+            cast("Any", super())._initialize_stages(*args, **kwargs)
+
+    def _has_last_stage(self) -> bool:
+        return any(stage.is_last for stage in compat.local_stages(self))
+
+    def _actions(self) -> list[Action]:
+        if self._forward_actions is None:
+            stage = compat.local_stages(self)[0]
+            self._forward_actions = forward_actions(
+                stage.stage_index_to_group_rank, stage.group_rank, self._n_microbatches
+            )
+        return self._forward_actions
+
+    def _check_batch(self, args: tuple[Any, ...], target: Any) -> None:
+        """A batch that cannot be cut evenly would send microbatches of unequal shapes."""
+        n = self._n_microbatches
+        if compat.local_stages(self)[0].num_stages == 1:
+            return
+        named = [(f"args[{i}]", value) for i, value in enumerate(args)] + [("target", target)]
+        for name, value in named:
+            if not isinstance(value, torch.Tensor):
+                continue
+            rows = value.shape[0] if value.dim() else 0
+            if rows == 0 or rows % n:
+                raise PipelineConfigError(
+                    f"{name} has {rows} rows, which cannot be cut into {n} equal microbatches: "
+                    f"pass a multiple of {n} rows, or build the schedule for another "
+                    "local_batch_size or microbatch_size"
+                )
+
+
+@cache
+def controlled(torch_class: type[compat.TorchSchedule]) -> type[Any]:
+    """The subclass of a schedule class of torch that hfpp builds; it keeps the class's name."""
+    return type(
+        torch_class.__name__,
+        (ControlledSchedule, torch_class),
+        {"__doc__": torch_class.__doc__, "__module__": __name__},
+    )
+
+
+def add_step_context(schedule: object, factory: StepContext) -> None:
+    """Makes every `step` of a schedule run inside a context; `eval` does not.
+
+    Args:
+        schedule: from `build_pipeline_schedule`.
+        factory: called once per step; what it returns is entered before the step, in the order in
+            which contexts were added, and left after it.
+    """
+    if not isinstance(schedule, ControlledSchedule):
+        raise PipelineConfigError(
+            f"schedule must come from build_pipeline_schedule, not {type(schedule).__name__}"
+        )
+    schedule._step_contexts.append(factory)

@@ -1,0 +1,144 @@
+"""Lists of module names (FQNs) per stage: made for a model, and checked against it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hfpp.errors import PipelineConfigError
+from hfpp.plan.partition import MULTIMODAL_NAMES
+from hfpp.runtime.anatomy import Anatomy
+from hfpp.runtime.ownership import Ownership
+
+_MAY_BE_MISSING = frozenset((*MULTIMODAL_NAMES, "rotary_emb"))
+
+
+def module_names_of(ownership: Ownership, anatomy: Anatomy) -> list[list[str]]:
+    """Every stage's modules in the model's own names and order."""
+    order = [name for name, _ in anatomy.skeleton.named_parameters()]
+    prefix = f"{anatomy.layers_name}."
+    first_layer = next(i for i, name in enumerate(order) if name.startswith(prefix))
+    rank = {name: i for i, name in enumerate(order)}
+    parent = anatomy.layers_name.rpartition(".")[0]
+    rotary = f"{parent}.rotary_emb" if parent else "rotary_emb"
+    shared = [rotary] if _find(anatomy.skeleton, rotary) is not None else []
+    lists = []
+    for span, outer in zip(ownership.layers, ownership.outer, strict=True):
+        kept = sorted(outer, key=rank.__getitem__)
+        before = [_component(name, anatomy) for name in kept if rank[name] < first_layer]
+        after = [_component(name, anatomy) for name in kept if rank[name] > first_layer]
+        layers = [f"{prefix}{index}" for index in span]
+        lists.append(list(dict.fromkeys([*before, *layers, *after, *shared])))
+    return lists
+
+
+def offsets_of(names: list[list[str]], anatomy: Anatomy) -> tuple[int, ...]:
+    """Layer offsets of the stages, stage s having ``offsets[s]`` to ``offsets[s + 1] - 1``.
+
+    Raises:
+        PipelineConfigError: if the layers are not each on one stage, in order; it names the FQN and
+            the stage.
+    """
+    prefix, total = f"{anatomy.layers_name}.", anatomy.num_layers
+    offsets = [0]
+    for stage, modules in enumerate(names):
+        following = offsets[-1]
+        for name in modules:
+            if not name.startswith(prefix):
+                continue
+            index = name[len(prefix) :]
+            if not index.isdecimal() or int(index) >= total:
+                raise _error(stage, name, f"is no layer: {prefix}0 to {prefix}{total - 1} are")
+            if int(index) != following:
+                if following == total:
+                    rule = "is listed twice"
+                else:
+                    rule = f"stands where {prefix}{following} must: list each layer once, in order"
+                raise _error(stage, name, rule)
+            following += 1
+        if following == offsets[-1]:
+            raise PipelineConfigError(
+                f"module_names_per_stage[{stage}] has no layer of {anatomy.layers_name!r}: every "
+                f"stage needs at least one; use fewer stages or move a layer there."
+            )
+        offsets.append(following)
+    if offsets[-1] != total:
+        raise PipelineConfigError(
+            f"module_names_per_stage lacks {prefix}{offsets[-1]} ({anatomy.model_name} has {total} "
+            f"layers): add it to stage {len(names) - 1}."
+        )
+    return tuple(offsets)
+
+
+def check_module_names(
+    names: list[list[str]], model: nn.Module, anatomy: Anatomy, ownership: Ownership
+) -> None:
+    """Compare a list with what the stages' forwards need.
+
+    Raises:
+        PipelineConfigError: for a name that the model lacks, a module that its stage's forward
+            needs and the list lacks, or one that another stage needs; with FQN and stage.
+    """
+    prefix = f"{anatomy.layers_name}."
+    parameters = [name for name, _ in anatomy.skeleton.named_parameters()]
+    needed = _needed(anatomy, ownership)
+    for stage, modules in enumerate(names):
+        seen: set[str] = set()
+        for name in modules:
+            if name in seen:
+                raise _error(stage, name, "is listed twice: list it once")
+            seen.add(name)
+            if name.startswith(prefix):
+                continue
+            if prefix.startswith(f"{name}."):
+                raise _error(stage, name, "holds the layers: list what is inside it by itself")
+            if _find(model, name) is None and name not in parameters:
+                if name.rpartition(".")[2] in _MAY_BE_MISSING:
+                    continue
+                raise _error(
+                    stage, name, f"is no module of {anatomy.model_name}: check the spelling"
+                )
+            for parameter in parameters:
+                if _covers(name, parameter) and needed.get(parameter, {stage}).isdisjoint({stage}):
+                    right = min(needed[parameter])
+                    raise _error(stage, name, f"is needed by stage {right}: list it there")
+        for parameter, stages in needed.items():
+            if stage in stages and not any(_covers(name, parameter) for name in modules):
+                module = _component(parameter, anatomy)
+                raise PipelineConfigError(
+                    f"module_names_per_stage[{stage}] lacks {module!r}, which the forward of "
+                    f"{anatomy.model_name} needs on stage {stage}: add it there."
+                )
+
+
+def _needed(anatomy: Anatomy, ownership: Ownership) -> dict[str, set[int]]:
+    """Stages whose forward uses a parameter outside of the layers; unused ones are left out."""
+    needed: dict[str, set[int]] = {}
+    for stage, span in enumerate(ownership.layers):
+        for name in anatomy.outer_parameters(span.start, span.stop):
+            needed.setdefault(name, set()).add(stage)
+    return needed
+
+
+def _component(parameter: str, anatomy: Anatomy) -> str:
+    """The outermost module of a parameter that does not hold the layers, else the parameter."""
+    steps = parameter.split(".")
+    for depth in range(1, len(steps)):
+        name = ".".join(steps[:depth])
+        if not f"{anatomy.layers_name}.".startswith(f"{name}."):
+            return name
+    return parameter
+
+
+def _covers(name: str, parameter: str) -> bool:
+    return parameter == name or parameter.startswith(f"{name}.")
+
+
+def _find(model: nn.Module, name: str) -> nn.Module | None:
+    module: nn.Module | None = model
+    for step in name.split("."):
+        module = None if module is None else module._modules.get(step)
+    return module
+
+
+def _error(stage: int, name: str, rule: str) -> PipelineConfigError:
+    return PipelineConfigError(f"module_names_per_stage[{stage}]: {name!r} {rule}.")

@@ -1,0 +1,201 @@
+"""The one call: a model becomes this rank's stages and a schedule to step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import PipelineStage
+from torch.nn.parallel import DistributedDataParallel
+
+from hfpp.errors import PipelineConfigError
+from hfpp.runtime.build_schedule import add_step_context, build_pipeline_schedule
+from hfpp.runtime.preflight import agree, model_facts
+from hfpp.runtime.split_model import split_model_into_stages
+from hfpp.runtime.stage_shapes import precompute_stage_shapes
+from hfpp.runtime.tied_weights import TiedGradients
+from hfpp.runtime.torch_compat import TorchSchedule
+
+
+class Pipeline(NamedTuple):
+    """One rank's part of a pipeline.
+
+    Attributes:
+        schedule: torch's schedule; ``schedule.step(input_ids, target=labels)`` trains.
+        model_parts: this rank's stage modules, as `parallelize_fn` left them.
+        has_first_stage: whether this rank takes the token ids.
+        has_last_stage: whether this rank takes the targets and returns the losses.
+        stages: this rank's PipelineStage objects.
+    """
+
+    schedule: TorchSchedule
+    model_parts: list[nn.Module]
+    has_first_stage: bool
+    has_last_stage: bool
+    stages: list[PipelineStage]
+
+
+def pipeline_model(
+    model: nn.Module,
+    world_mesh: DeviceMesh,
+    moe_mesh: DeviceMesh | None,
+    *,
+    pp_axis_name: str,
+    dp_axis_names: tuple[str, ...],
+    cp_axis_name: str | None = None,
+    tp_axis_name: str | None = None,
+    ep_axis_name: str | None = None,
+    ep_shard_axis_names: tuple[str, ...] | None = None,
+    layers_per_stage: int | None,
+    pipeline_parallel_schedule_csv: str | PathLike[str] | None,
+    pipeline_parallel_schedule: str | None,
+    microbatch_size: int,
+    local_batch_size: int,
+    device: torch.device,
+    loss_fn: Callable[..., torch.Tensor] | None = None,
+    parallelize_fn: Callable[..., Any] | None = None,
+    module_fqns_per_model_part: list[list[str]] | None = None,
+    patch_inner_model: bool = True,
+    patch_causal_lm_model: bool = True,
+    scale_grads: bool = False,
+    round_to_pp_multiple: Literal["up", "down"] | None = None,
+    patch_stage_backward_maybe_with_nosync: bool = False,
+    seq_len: int | None = None,
+    reduce_grad_per_microbatch: bool = False,
+    tensor_dtype: torch.dtype | None = None,
+) -> Pipeline:
+    """Split, parallelize, schedule: see `hfpp.functional.pipeline_model`."""
+    mesh = _pipeline_mesh(world_mesh, pp_axis_name)
+    settings: dict[str, Any] = {
+        "pipeline_parallel_schedule": pipeline_parallel_schedule,
+        "pipeline_parallel_schedule_csv": _contents(pipeline_parallel_schedule_csv),
+        "layers_per_stage": layers_per_stage,
+        "round_to_pp_multiple": round_to_pp_multiple,
+        "module_fqns_per_model_part": module_fqns_per_model_part,
+        "microbatch_size": microbatch_size,
+        "local_batch_size": local_batch_size,
+        "patch_inner_model": patch_inner_model,
+        "patch_causal_lm_model": patch_causal_lm_model,
+        "scale_grads": scale_grads,
+        "seq_len": seq_len,
+        "reduce_grad_per_microbatch": reduce_grad_per_microbatch,
+        "patch_stage_backward_maybe_with_nosync": patch_stage_backward_maybe_with_nosync,
+        "tensor_dtype": tensor_dtype,
+    }
+    refusal: Exception | None = None
+    stages: list[PipelineStage] = []
+    parts: list[nn.Module] = []
+    try:
+        _check_axes(world_mesh, dp_axis_names, cp_axis_name, tp_axis_name)
+        stages, parts = split_model_into_stages(
+            model,
+            mesh,
+            pp_axis_name,
+            pipeline_parallel_schedule,
+            device,
+            module_fqns_per_model_part,
+            layers_per_stage,
+            patch_inner_model,
+            patch_causal_lm_model,
+            round_to_pp_multiple,
+            pipeline_parallel_schedule_csv=pipeline_parallel_schedule_csv,
+        )
+        _check_seq_len(seq_len)
+    except (PipelineConfigError, FileNotFoundError) as error:
+        refusal = error
+    agree({**settings, **model_facts(model)}, refusal, mesh.get_group())
+    if parallelize_fn is not None:
+        for index, stage in enumerate(stages):
+            replaced = parallelize_fn(
+                parts[index],
+                world_mesh,
+                moe_mesh,
+                dp_axis_names=dp_axis_names,
+                cp_axis_name=cp_axis_name,
+                tp_axis_name=tp_axis_name,
+                ep_axis_name=ep_axis_name,
+                ep_shard_axis_names=ep_shard_axis_names,
+            )
+            parts[index] = parts[index] if replaced is None else replaced
+            stage.submod = parts[index]
+        _check_wrappers(parts)
+    if seq_len is not None:
+        precompute_stage_shapes(
+            stages, getattr(model, "config", None), microbatch_size, seq_len, tensor_dtype
+        )
+    schedule = build_pipeline_schedule(
+        pipeline_parallel_schedule_csv,
+        pipeline_parallel_schedule,
+        microbatch_size,
+        local_batch_size,
+        stages,
+        loss_fn,
+        scale_grads,
+    )
+    tied = TiedGradients(stages)
+    if tied:
+        add_step_context(schedule, tied.around_step)
+    return Pipeline(
+        schedule,
+        parts,
+        any(stage.is_first for stage in stages),
+        any(stage.is_last for stage in stages),
+        stages,
+    )
+
+
+def _pipeline_mesh(world_mesh: DeviceMesh, pp_axis_name: str) -> DeviceMesh:
+    names = world_mesh.mesh_dim_names or ()
+    if pp_axis_name not in names:
+        raise PipelineConfigError(
+            f"pp_axis_name ({pp_axis_name!r}) is no axis of world_mesh, which has {list(names)}: "
+            f"make the mesh with init_device_mesh(..., mesh_dim_names=(..., {pp_axis_name!r}))."
+        )
+    return world_mesh[pp_axis_name]
+
+
+def _check_axes(world_mesh: DeviceMesh, dp: tuple[str, ...], *others: str | None) -> None:
+    names = world_mesh.mesh_dim_names or ()
+    if isinstance(dp, str):
+        raise PipelineConfigError(
+            f"dp_axis_names ({dp!r}) must be a tuple of names: write ({dp!r},)."
+        )
+    for name in (cp for cp in others if cp is not None):
+        if name not in names:
+            raise PipelineConfigError(
+                f"axis {name!r} is not in world_mesh, which has {list(names)}: leave it None."
+            )
+
+
+def _check_seq_len(seq_len: int | None) -> None:
+    if seq_len is not None and (isinstance(seq_len, bool) or seq_len < 1):
+        raise PipelineConfigError(
+            f"seq_len ({seq_len}) must be a positive number of tokens, or None to find the shapes "
+            f"on the first step."
+        )
+
+
+def _contents(path: str | PathLike[str] | None) -> str | None:
+    """What the file says, not where it lies: paths may differ between machines."""
+    if path is None or not Path(path).is_file():
+        return None if path is None else str(path)
+    return Path(path).read_text(encoding="utf-8", errors="replace")
+
+
+def _check_wrappers(parts: list[nn.Module]) -> None:
+    if len(parts) > 1 and any(isinstance(part, DistributedDataParallel) for part in parts):
+        raise PipelineConfigError(
+            f"parallelize_fn wrapped {len(parts)} stages of this rank in DistributedDataParallel, "
+            f"which loses track of several stages' backward passes: use fully_shard (FSDP2), or a "
+            f"schedule with one stage per rank (1F1B, GPipe)."
+        )
+
+
+def _is_fsdp(part: nn.Module) -> bool:
+    return isinstance(cast("Any", part), FSDPModule)

@@ -1,0 +1,82 @@
+"""All ranks hold the same model and settings, or all of them say what differs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from hfpp.errors import PipelineConfigError
+
+
+def model_facts(model: nn.Module) -> dict[str, str]:
+    """What must be equal on all ranks for their stages to fit together, by name."""
+    shapes = [
+        f"{name} {tuple(p.shape)} {p.dtype}"
+        for name, p in model.named_parameters(remove_duplicate=False)
+    ]
+    seen: dict[int, str] = {}
+    tied = [
+        f"{name}={seen[id(p)]}"
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if seen.setdefault(id(p), name) != name
+    ]
+    facts = {
+        "model class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "number of parameter tensors": str(len(shapes)),
+        "parameter names, shapes and dtypes": _digest(shapes),
+        "tied parameters": _digest(tied),
+    }
+    config = getattr(model, "config", None)
+    values = getattr(config, "to_dict", dict)()
+    for name, value in values.items():
+        if not name.startswith("_") and name != "transformers_version":
+            facts[f"config.{name}"] = _short(value)
+    return facts
+
+
+def agree(facts: Mapping[str, Any], error: Exception | None, group: dist.ProcessGroup) -> None:
+    """Compare ``facts`` over the ranks of ``group``.
+
+    Args:
+        facts: names and values that must be equal on all ranks.
+        error: what this rank's own checks raised: the others then raise too, instead of waiting.
+        group: the ranks.
+
+    Raises:
+        PipelineConfigError: on every rank, if any of them had an error or a differing fact. Where
+            this rank has an error of its own, that one is raised.
+    """
+    mine = {name: _short(value) for name, value in facts.items()}
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    message = None if error is None else str(error)
+    dist.all_gather_object(everyone, (message, mine), group=group)
+    if error is not None:
+        raise error
+    for rank, (problem, _) in enumerate(everyone):
+        if problem is not None:
+            raise PipelineConfigError(f"rank {rank} of the pipeline refused its setup: {problem}")
+    first = everyone[0][1]
+    for rank, (_, theirs) in enumerate(everyone):
+        for name in sorted({*first, *theirs}):
+            if first.get(name) != theirs.get(name):
+                raise PipelineConfigError(
+                    f"the ranks of the pipeline disagree on {name}: rank 0 has "
+                    f"{first.get(name)}, rank {rank} has {theirs.get(name)}. Give every rank the "
+                    f"same model and settings."
+                )
+
+
+def _short(value: Any) -> str:
+    """The value itself where it is short enough to read in an error, else its digest."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str, sort_keys=True)
+    return text if len(text) <= 80 else f"{text[:40]}... (sha256 {_digest(text)})"
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, default=str, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

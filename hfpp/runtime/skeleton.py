@@ -1,0 +1,46 @@
+"""A copy of a model's structure without its weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+_SMALL_BUFFER_ELEMENTS = 1 << 16
+
+
+def meta_skeleton(model: nn.Module) -> nn.Module:
+    """Copy ``model`` with every parameter on the meta device; the model is not touched.
+
+    Small buffers keep their values on the CPU (models read them), large ones go to the meta device.
+    Tied parameters are separated, so that each name shows where it is used; a module registered
+    under two names stays one module. The copy is in eval mode: dropout is not part of the anatomy.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = _meta_parameter(parameter)
+    for buffer in model.buffers():
+        small = buffer.numel() <= _SMALL_BUFFER_ELEMENTS and buffer.device.type != "meta"
+        memo[id(buffer)] = (
+            buffer.detach().to("cpu", copy=True)
+            if small
+            else torch.empty_like(buffer, device="meta")
+        )
+    with torch.no_grad():
+        skeleton = copy.deepcopy(model, memo)
+    seen: set[int] = set()
+    for module in skeleton.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) in seen:
+                module._parameters[name] = _meta_parameter(parameter)
+            seen.add(id(module._parameters[name]))
+    return skeleton.eval()
+
+
+def _meta_parameter(parameter: nn.Parameter) -> nn.Parameter:
+    empty = torch.empty_like(parameter, device="meta", requires_grad=False)
+    return nn.Parameter(empty, requires_grad=parameter.requires_grad)

@@ -1,0 +1,279 @@
+"""A model and a part of the plan become this rank's stage modules."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage
+
+from hfpp.errors import PipelineConfigError
+from hfpp.plan.partition import calculate_virtual_stages, uniform_offsets
+from hfpp.plan.placement import Placement, stage_ids_this_rank
+from hfpp.plan.schedule import find_schedule, read_csv
+from hfpp.runtime.anatomy import Anatomy, find_anatomy, first_argument, forward_constants
+from hfpp.runtime.module_names import check_module_names, module_names_of, offsets_of
+from hfpp.runtime.ownership import Ownership, find_ownership
+from hfpp.runtime.prune import prune
+from hfpp.runtime.stage_module import (
+    StageBoundary,
+    hollow_layer,
+    hollow_parameters,
+    make_stage,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def split_model_into_stages(
+    model: nn.Module,
+    pp_mesh: DeviceMesh,
+    pp_axis_name: str,
+    pp_schedule: str | None,
+    device: torch.device,
+    module_names_per_stage: list[list[str]] | None = None,
+    layers_per_stage: int | None = None,
+    patch_inner_model: bool = True,
+    patch_causal_lm_model: bool = True,
+    round_to_pp_multiple: str | None = None,
+    *,
+    pipeline_parallel_schedule_csv: str | None = None,
+    anatomy: Anatomy | None = None,
+) -> tuple[list[PipelineStage], list[nn.Module]]:
+    """Split ``model``: see `hfpp.functional.split_model_into_stages`."""
+    mesh = pp_mesh[pp_axis_name] if pp_mesh.ndim > 1 else pp_mesh
+    pp_size, pp_rank, group = mesh.size(), mesh.get_local_rank(), mesh.get_group()
+    placement, stages_per_rank, single = _layout(pp_schedule, pipeline_parallel_schedule_csv)
+    own_forward = not (patch_inner_model or patch_causal_lm_model) or bool(
+        getattr(type(model), "_pp_keep_self_forward", False)
+    )
+    _refuse_silent_differences(model, pp_size)
+    if module_names_per_stage is not None:
+        num_stages = len(module_names_per_stage)
+        _check_stage_count(num_stages, pp_size, stages_per_rank, single, pp_schedule)
+    else:
+        num_layers = _num_layers(model, anatomy)
+        if stages_per_rank is not None and layers_per_stage is None:
+            num_stages = pp_size * stages_per_rank
+        else:
+            num_stages, _ = calculate_virtual_stages(
+                num_layers, layers_per_stage, pp_size, single, round_to_pp_multiple
+            )
+            _check_stage_count(num_stages, pp_size, stages_per_rank, single, pp_schedule)
+    ids = stage_ids_this_rank(pp_rank, pp_size, num_stages, placement.value)
+    if own_forward:
+        modules = prune(model, module_names_per_stage, num_stages, ids)
+    elif num_stages == 1:
+        modules = [_whole_model(model, group)]
+    else:
+        anatomy = anatomy or find_anatomy(model)
+        names = module_names_per_stage or _generated_names(model, anatomy, num_stages)
+        offsets = offsets_of(names, anatomy)
+        ownership = find_ownership(model, anatomy, offsets)
+        check_module_names(names, model, anatomy, ownership)
+        modules = build_stages(model, anatomy, ownership, ids, group)
+    stages = [
+        _pipeline_stage(module, index, num_stages, device, group)
+        for index, module in zip(ids, modules, strict=True)
+    ]
+    logger.info(
+        "pipeline rank %d of %d: stages %s of %d of %s",
+        pp_rank, pp_size, list(ids), num_stages, type(model).__name__,
+    )  # fmt: skip
+    return stages, modules
+
+
+def _layout(schedule: str | None, csv: str | None) -> tuple[Placement, int | None, bool]:
+    """Placement, stages per rank (None: any number from two) and whether it is one."""
+    if csv is not None:
+        table = read_csv(csv)
+        return table.placement, table.stages_per_rank, table.stages_per_rank == 1
+    if schedule is None:
+        raise PipelineConfigError(
+            "pp_schedule is None and there is no pipeline_parallel_schedule_csv: name a schedule "
+            "(for example '1F1B') or give a CSV file."
+        )
+    spec = find_schedule(schedule)
+    return spec.placement, spec.stages_per_rank, spec.single_stage
+
+
+def _check_stage_count(
+    num_stages: int, pp_size: int, stages_per_rank: int | None, single: bool, schedule: str | None
+) -> None:
+    if num_stages % pp_size or num_stages == 0:
+        raise PipelineConfigError(
+            f"num_stages ({num_stages}) must be a positive multiple of pp_size ({pp_size}): "
+            f"give {max(1, num_stages // pp_size) * pp_size} stages."
+        )
+    per_rank = num_stages // pp_size
+    wanted = 1 if single else stages_per_rank
+    if (wanted is not None and per_rank != wanted) or (wanted is None and per_rank < 2):
+        rule = (
+            f"exactly {wanted} stage{'s' if wanted > 1 else ''} per rank"
+            if wanted is not None
+            else "at least 2 stages per rank"
+        )
+        raise PipelineConfigError(
+            f"{schedule or 'the schedule of the CSV'} needs {rule}, got {per_rank} ({num_stages} "
+            f"stages on {pp_size} ranks): use {pp_size * (wanted or 2)} stages."
+        )
+
+
+def _refuse_silent_differences(model: nn.Module, pp_size: int) -> None:
+    """Settings whose effect a split model would lose without a word."""
+    config = getattr(model, "config", None)
+    if pp_size > 1 and getattr(config, "output_router_logits", False):
+        raise PipelineConfigError(
+            f"{type(model).__name__} has config.output_router_logits=True: the auxiliary loss of "
+            f"the routers would be lost, as no stage sees all routers. Set "
+            f"config.output_router_logits=False to train without it."
+        )
+
+
+def _num_layers(model: nn.Module, anatomy: Anatomy | None) -> int:
+    if anatomy is not None:
+        return anatomy.num_layers
+    config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", lambda: config)()
+    known = getattr(text, "num_hidden_layers", None)
+    return int(known) if known is not None else find_anatomy(model).num_layers
+
+
+def _generated_names(model: nn.Module, anatomy: Anatomy, num_stages: int) -> list[list[str]]:
+    """The uniform partition in the model's own names, or what the model's hook makes of it."""
+    offsets = uniform_offsets(num_stages, anatomy.num_layers).row()
+    names = module_names_of(find_ownership(model, anatomy, offsets), anatomy)
+    hook = getattr(model, "customize_pipeline_stage_modules", None)
+    if hook is None:
+        return names
+    parent = anatomy.layers_name.rpartition(".")[0]
+    custom = hook(
+        [list(part) for part in names],
+        layers_prefix=f"{parent}." if parent else "",
+        text_model=model.get_submodule(parent) if parent else model,
+    )
+    return names if custom is None else custom
+
+
+def build_stages(
+    model: nn.Module,
+    anatomy: Anatomy,
+    ownership: Ownership,
+    stage_ids: Sequence[int],
+    group: dist.ProcessGroup | None = None,
+) -> list[nn.Module]:
+    """The stage modules of ``stage_ids``: structural copies that share the model's tensors.
+
+    A tied tensor that two of the stages hold is the model's own in the first and a copy in the
+    others: each stage trains its own, and their gradients are summed.
+    """
+    held: set[int] = set()
+    modules = []
+    for index in stage_ids:
+        stage = _structural_copy(model, anatomy, ownership, index)
+        _separate_copies(stage, ownership, index, held)
+        boundary = StageBoundary(
+            stage_index=index,
+            num_stages=len(ownership.layers),
+            layers=ownership.layers[index],
+            tied_names=ownership.copies(index),
+            tied=ownership.tied,
+            pp_group=group,
+            anatomy=anatomy,
+        )
+        make_stage(
+            stage,
+            boundary,
+            ids_name=anatomy.ids_name,
+            constants=forward_constants(model),
+            stand_in_owners=[m for m in stage.modules() if "_hfpp_stand_ins" in m.__dict__],
+        )
+        modules.append(stage)
+        held.add(index)
+    return modules
+
+
+def _structural_copy(
+    model: nn.Module, anatomy: Anatomy, ownership: Ownership, index: int
+) -> nn.Module:
+    layers = model.get_submodule(anatomy.layers_name)
+    bare = anatomy.skeleton.get_submodule(anatomy.layers_name)
+    own = ownership.layers[index]
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    for number, (layer, bare_layer) in enumerate(
+        zip(layers.children(), bare.children(), strict=True)
+    ):
+        if number not in own:
+            memo[id(layer)] = hollow_layer(bare_layer)
+    stage = copy.deepcopy(model, memo)
+    kept, prefix = ownership.outer[index], anatomy.layers_name
+    for name, module in list(stage.named_modules()):
+        if name == prefix or name.startswith(f"{prefix}."):
+            continue
+        dropped = [
+            own_name
+            for own_name, parameter in module._parameters.items()
+            if parameter is not None and (f"{name}.{own_name}" if name else own_name) not in kept
+        ]
+        if dropped:
+            hollow_parameters(module, dropped)
+    return stage
+
+
+def _separate_copies(
+    stage: nn.Module, ownership: Ownership, index: int, held: set[int]
+) -> None:
+    """Give the stage a tensor of its own where an earlier stage of this rank trains the same."""
+    for tied in ownership.tied:
+        names: Mapping[int, tuple[str, ...]] = dict(tied.names)
+        if index not in names or held.isdisjoint(names):
+            continue
+        original = stage.get_parameter(names[index][0])
+        mine = nn.Parameter(original.detach().clone(), requires_grad=original.requires_grad)
+        for name in names[index]:
+            owner, _, own_name = name.rpartition(".")
+            stage.get_submodule(owner)._parameters[own_name] = mine
+
+
+def _whole_model(model: nn.Module, group: dist.ProcessGroup | None) -> nn.Module:
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    stage = copy.deepcopy(model, memo)
+    boundary = StageBoundary(
+        stage_index=0,
+        num_stages=1,
+        layers=range(0),
+        tied_names=frozenset(),
+        tied=(),
+        pp_group=group,
+        anatomy=None,
+    )
+    make_stage(
+        stage,
+        boundary,
+        ids_name=first_argument(model),
+        constants=forward_constants(model),
+        stand_in_owners=[],
+    )
+    return stage
+
+
+def _pipeline_stage(
+    module: nn.Module, index: int, num_stages: int, device: torch.device, group: dist.ProcessGroup
+) -> PipelineStage:
+    boundary = module.__dict__.get("_hfpp_boundary")
+    slots = () if boundary is None else (boundary.slots_in(), boundary.slots_out())
+    # torch's split backward walks the graph once per boundary value and fails where they share
+    # it; a weight-gradient step that has nothing left to do is always right
+    several = any(sum(slot.is_floating for slot in side) > 1 for side in slots)
+    builder = _nothing_left if several else None
+    return PipelineStage(module, index, num_stages, device, group=group, dw_builder=builder)
+
+
+def _nothing_left() -> Any:
+    return lambda: None

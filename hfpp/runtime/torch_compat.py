@@ -1,0 +1,388 @@
+"""The only file that touches private parts of torch.distributed.pipelining (torch 2.11 to 2.15).
+
+Everything is found by what is there, not by version numbers. What differs between versions:
+
+========== ========================================================================================
+2.11       metadata in `inputs_meta` and `_outputs_meta`; eval and train share what eval made
+2.12-2.13  metadata in `_user_meta`, a vote on static or dynamic before the first step; making the
+           stages ready drops the gradients of FSDP modules (and does so up to 2.15)
+2.14       inputs may be given in microbatches; buffers are kept aside during dynamic inference
+2.15       forward state in `_forward_chunk_states`; sends and reductions have waits of their own
+========== ========================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import _utils as _pipelining_utils
+from torch.distributed.pipelining import schedules as _schedules
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+
+from hfpp.plan.actions import Action, ActionKind, ScheduleTable
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import nn
+    from torch.distributed.pipelining import PipelineStage
+
+__all__ = [
+    "SingleSchedule",
+    "TorchSchedule",
+    "clear_run",
+    "drop_microbatch",
+    "forget_infrastructure",
+    "forget_initialization",
+    "forward",
+    "hand_over",
+    "has_static_metadata",
+    "initialize",
+    "is_forward_initialized",
+    "is_initialized",
+    "load_table",
+    "local_stages",
+    "merge_outputs",
+    "other_infrastructure",
+    "receive",
+    "runtime_class",
+    "schedule_class",
+    "send",
+    "set_static_metadata",
+    "split_batch",
+    "undisturbed",
+    "undisturbed_unless_initialized",
+]
+
+TorchSchedule = _schedules._PipelineSchedule
+"""The common base of torch's schedule classes."""
+SingleSchedule = PipelineScheduleSingle
+
+_FLAGS = (
+    "_stage_forward_initialized",  # of schedules with one stage per rank
+    "_stage_backward_initialized",
+    "_stages_forward_initialized",  # of those with several
+    "_stages_backward_initialized",
+    "_stage_initialized",
+    "_stages_initialized",
+)
+
+
+# Schedules
+
+
+def schedule_class(name: str) -> type[TorchSchedule]:
+    """Torch's class of a schedule, by torch's name."""
+    return cast("type[TorchSchedule]", get_schedule_class(name))
+
+
+def runtime_class() -> type[TorchSchedule]:
+    """Torch's class that runs any table of actions."""
+    return _schedules._PipelineScheduleRuntime
+
+
+def load_table(schedule: TorchSchedule, table: ScheduleTable) -> None:
+    """Gives a schedule of `runtime_class` the actions of all ranks.
+
+    Args:
+        schedule: freshly made, over this rank's stages.
+        table: verified. Where it spells out communication, what FSDP and this version of torch need
+            besides is added; else torch adds the communication.
+    """
+    rows = {
+        rank: [_torch_action(leaf) for leaf in _supplemented(table, rank)]
+        for rank in range(table.pp_size)
+    }
+    target = cast("Any", schedule)
+    if not table.has_communication:
+        target.pipeline_order = rows
+        target._prepare_schedule_with_comms(rows)
+        return
+    if hasattr(_schedules, "_add_wait_send") and not any(
+        action.kind in (ActionKind.WAIT_SEND_FORWARD, ActionKind.WAIT_SEND_BACKWARD)
+        for row in table.rows
+        for action in row
+        if action is not None
+    ):
+        rows = _schedules._add_wait_send(rows)
+    target._prepare_schedule_with_comms(rows, format="compute_comms")
+
+
+def _torch_action(action: Action) -> _schedules._Action:
+    parsed: _schedules._Action | None = _schedules._Action.from_str(str(action))
+    assert parsed is not None
+    return parsed
+
+
+def _supplemented(table: ScheduleTable, rank: int) -> Iterator[Action]:
+    """A rank's actions; with communication spelled out, also what the file may lack for torch.
+
+    Files written by another version of torch have no waits, or waits that this one does not know.
+    """
+    actions = [step.action for step in table.steps(rank)]
+    if not table.has_communication:
+        yield from actions
+        return
+    known = set(_schedules._ComputationType.__members__)
+    kinds = {(action.stage, action.kind) for action in actions}
+    pending = dict.fromkeys(table.stages_by_rank[rank], table.n_microbatches)
+    unshard = [s for s in pending if (s, ActionKind.UNSHARD) not in kinds]
+    reduce = {s for s in pending if (s, ActionKind.REDUCE_GRAD) not in kinds}
+    wait = "WAIT_REDUCE_GRAD" in known
+    wait_written = any(kind is ActionKind.WAIT_REDUCE_GRAD for _, kind in kinds)
+
+    yield from (Action(stage, ActionKind.UNSHARD) for stage in unshard)
+    for action in actions:
+        if action.kind.value.startswith("WAIT") and action.kind.value not in known:
+            continue
+        yield action
+        reduced = [action.stage] if action.kind is ActionKind.REDUCE_GRAD else []
+        for leaf in action.leaves:
+            if leaf.kind in (ActionKind.FULL_BACKWARD, ActionKind.BACKWARD_WEIGHT):
+                pending[leaf.stage] -= 1
+                if pending[leaf.stage] == 0 and leaf.stage in reduce:
+                    yield Action(leaf.stage, ActionKind.REDUCE_GRAD)
+                    reduced.append(leaf.stage)
+        if wait and not (wait_written and action.kind is ActionKind.REDUCE_GRAD):
+            yield from (Action(stage, ActionKind.WAIT_REDUCE_GRAD) for stage in reduced)
+    yield from (Action(stage, ActionKind.RESHARD) for stage in unshard)
+
+
+def local_stages(schedule: TorchSchedule) -> list[PipelineStage]:
+    """The stages that a schedule runs on this rank, in ascending order."""
+    if isinstance(schedule, PipelineScheduleSingle):
+        return [cast("PipelineStage", schedule._stage)]
+    stages = cast("list[PipelineStage]", cast("Any", schedule)._stages)
+    return sorted(stages, key=lambda stage: stage.stage_index)
+
+
+def initialize(
+    schedule: TorchSchedule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Makes the stages ready to run (what torch does on a first step), if they are not."""
+    target = cast("Any", schedule)
+    if isinstance(schedule, PipelineScheduleSingle):
+        target._initialize_stage(args, kwargs)
+    else:
+        target._initialize_stages(args, kwargs)
+
+
+def is_forward_initialized(schedule: TorchSchedule) -> bool:
+    """Whether the stages are ready for forwards."""
+    return any(getattr(schedule, name, False) for name in _FLAGS if "backward" not in name)
+
+
+def is_initialized(schedule: TorchSchedule) -> bool:
+    """Whether the stages are ready for the steps that this schedule runs now."""
+    backward = any(getattr(schedule, name, False) for name in _FLAGS if "backward" in name)
+    return is_forward_initialized(schedule) and backward == schedule._has_backward
+
+
+def forget_initialization(schedule: object) -> None:
+    """Makes the schedule prepare its stages anew on its next step."""
+    for name in _FLAGS:
+        if hasattr(schedule, name):
+            setattr(schedule, name, False)
+
+
+@contextmanager
+def undisturbed(stages: Sequence[PipelineStage]) -> Iterator[None]:
+    """Keeps gradients and buffers while torch makes stages ready.
+
+    torch drops the gradients of FSDP modules there (also those that earlier steps accumulated), and
+    dynamic inference runs real forwards, which may write into buffers.
+    """
+    parameters = {
+        parameter
+        for stage in stages
+        for module in stage.submod.modules()
+        if isinstance(module, FSDPModule)
+        for parameter in cast("nn.Module", module).parameters()
+    }
+    gradients = {parameter: parameter.grad for parameter in parameters}
+    buffers = [
+        (buffer, buffer.detach().clone())
+        for stage in stages
+        if not has_static_metadata(stage) and not hasattr(stage, "_pre_metadata_inference_backup")
+        for buffer in stage.submod.buffers()
+    ]
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+@contextmanager
+def undisturbed_unless_initialized(schedule: TorchSchedule) -> Iterator[None]:
+    """`undisturbed` where torch is about to make the schedule's stages ready, else nothing."""
+    if is_initialized(schedule):
+        yield
+    else:
+        with undisturbed(local_stages(schedule)):
+            yield
+
+
+# Stages: what torch knows of their boundaries
+
+
+def set_static_metadata(
+    stage: object, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]
+) -> bool:
+    """Tells a stage the shapes of its inputs and outputs.
+
+    Args:
+        stage: a PipelineStage, or what has its attributes.
+        inputs: on the meta device; the ones that get a gradient require it.
+        outputs: the same for the outputs.
+
+    Returns:
+        False where this version of torch takes no such information.
+    """
+    target = cast("Any", stage)
+    if hasattr(stage, "_user_meta"):
+        target._user_meta = _pipelining_utils._StageMeta(
+            inputs=_pipelining_utils.extract_tensor_metas(inputs),
+            outputs=_pipelining_utils.extract_tensor_metas(outputs),
+        )
+        return True
+    if hasattr(stage, "inputs_meta") and hasattr(stage, "_configure_outputs_meta"):
+        target.inputs_meta = inputs
+        target._outputs_meta = None  # it refuses to be configured twice
+        target._configure_outputs_meta(outputs)
+        return True
+    return False
+
+
+def has_static_metadata(stage: object) -> bool:
+    """Whether a stage knows the shapes of its inputs and outputs before it has run."""
+    target = cast("Any", stage)
+    if hasattr(stage, "_user_meta"):
+        return bool(target._user_meta.is_complete_for_forward())
+    return getattr(stage, "inputs_meta", None) is not None
+
+
+_INFRASTRUCTURE: Mapping[str, Callable[[Any], Any]] = {
+    "args_recv_info": lambda _: {},
+    "act_send_info": lambda _: {},
+    "grad_recv_info": lambda _: {},
+    "grad_send_info": lambda _: None,
+    "_stage_meta": lambda old: type(old)(),
+    "_inference_mode": lambda _: None,
+}
+"""What stages make on the first step and keep, with what stands there before."""
+
+_RUN_STATE = (
+    "fwd_cache",
+    "_forward_chunk_states",
+    "bwd_cache",
+    "backward_state",
+    "dw_runner",
+    "output_chunks",
+)
+
+
+def forget_infrastructure(stage: object) -> None:
+    """Clears what torch locked in on a stage's first step: metadata, buffers, a run's leftovers."""
+    for name, fresh in _INFRASTRUCTURE.items():
+        if hasattr(stage, name):
+            setattr(stage, name, fresh(getattr(stage, name)))
+    for name in _RUN_STATE:
+        if hasattr(stage, name):
+            getattr(stage, name).clear()
+    for name in ("inputs_meta", "_outputs_meta"):
+        if hasattr(stage, name):
+            setattr(stage, name, None)
+
+
+@contextmanager
+def other_infrastructure(schedule: TorchSchedule) -> Iterator[None]:
+    """Within it the schedule's stages are as before their first step; after it as they were."""
+    kept = (*_INFRASTRUCTURE, "inputs_meta", "_outputs_meta", "chunks")
+    stages = local_stages(schedule)
+    before = [{n: getattr(stage, n) for n in kept if hasattr(stage, n)} for stage in stages]
+    flags = {name: getattr(schedule, name) for name in _FLAGS if hasattr(schedule, name)}
+    for stage in stages:
+        for name, fresh in _INFRASTRUCTURE.items():
+            if hasattr(stage, name):
+                setattr(stage, name, fresh(getattr(stage, name)))
+    forget_initialization(schedule)
+    try:
+        yield
+    finally:
+        for stage, values in zip(stages, before, strict=True):
+            for name, value in values.items():
+                setattr(stage, name, value)
+        for name, value in flags.items():
+            setattr(schedule, name, value)
+
+
+# Stages: one microbatch forward
+
+
+def clear_run(stages: Sequence[PipelineStage]) -> None:
+    """Drops what a run leaves on its stages: outputs, and activations that wait for a backward."""
+    for stage in stages:
+        stage.clear_runtime_states()
+
+
+def receive(stage: PipelineStage, microbatch: int) -> list[dist.Work]:
+    """Starts to receive a microbatch's inputs."""
+    return _schedules._batch_p2p(stage.get_fwd_recv_ops(microbatch))
+
+
+def send(stage: PipelineStage, microbatch: int) -> list[dist.Work]:
+    """Starts to send a microbatch's outputs; they live as long as the result."""
+    return _schedules._batch_p2p(stage.get_fwd_send_ops(microbatch))
+
+
+def forward(stage: PipelineStage, microbatch: int, args: Any, kwargs: Any) -> Any:
+    """Runs a stage on one microbatch, whose inputs have arrived; returns its module's output."""
+    return stage.forward_one_chunk(microbatch, args, kwargs, save_forward_output=False)
+
+
+def hand_over(output: Any, following: PipelineStage, microbatch: int) -> None:
+    """Gives a stage's output to the next stage of the same rank."""
+    following.set_local_fwd_input(output, microbatch)
+
+
+def drop_microbatch(stage: PipelineStage, microbatch: int) -> None:
+    """Drops a microbatch's inputs and outputs, which a backward would need."""
+    for name in ("fwd_cache", "_forward_chunk_states"):
+        getattr(stage, name, {}).pop(microbatch, None)
+
+
+# Batches
+
+
+def split_batch(
+    schedule: TorchSchedule, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any
+) -> tuple[list[Any], list[Any], list[Any] | None]:
+    """A batch's positional and keyword arguments and its target, cut into microbatches."""
+    target_schedule = cast("Any", schedule)
+    if hasattr(schedule, "_get_microbatch_inputs"):
+        given = {name: kwargs.pop(name, None) for name in ("arg_mbs", "kwarg_mbs", "target_mbs")}
+        args_split, kwargs_split, targets = target_schedule._get_microbatch_inputs(
+            args, kwargs, target, **given
+        )
+    else:
+        args_split, kwargs_split = target_schedule._split_inputs(args, kwargs)
+        targets = None if target is None else torch.tensor_split(target, _count(schedule))
+    return list(args_split), list(kwargs_split), None if targets is None else list(targets)
+
+
+def merge_outputs(schedule: TorchSchedule, outputs: list[Any]) -> Any:
+    """The microbatches' outputs as one batch."""
+    return schedule._merge_outputs(outputs)
+
+
+def _count(schedule: TorchSchedule) -> int:
+    return schedule._n_microbatches

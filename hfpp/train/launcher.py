@@ -1,0 +1,133 @@
+"""Runs a training job from its options: in processes of its own, or as a rank of torchrun's."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfpp.train.errors import TrainingError
+from hfpp.train.inputs import prepare_inputs
+from hfpp.train.output import RunFolder
+from hfpp.train.processes import available_cores, ended_by_signals, run_processes
+from hfpp.train.report import Reporter
+from hfpp.train.verify import TOLERANCES, compare_curves, reference_run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hfpp.train.events import RunShape, StepMetrics
+    from hfpp.train.inputs import RunInputs
+    from hfpp.train.options import TrainOptions
+
+__all__ = ["run_training"]
+
+
+def run_training(options: TrainOptions) -> None:
+    """Trains as the options say.
+
+    Started plainly, it makes one gloo process per rank and watches them; started by torchrun, this
+    process is a rank of that job. Nothing is written or started before everything that can be
+    checked has been.
+
+    Raises:
+        PipelineConfigError: a configuration that cannot work.
+        TrainingError: a rank failed, or the curves of `--verify` differ.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        _as_torchrun_rank(options)
+    else:
+        _in_local_processes(options)
+
+
+def _in_local_processes(options: TrainOptions) -> None:
+    folder = RunFolder(options.out)
+    folder.check(force=options.force)
+    with ended_by_signals(), tempfile.TemporaryDirectory(prefix="hfpp-train-") as scratch:
+        inputs = prepare_inputs(options, Path(scratch))
+        folder.create()
+        work = partial(
+            _train_as_local_rank,
+            options=options,
+            inputs=inputs,
+            store=Path(scratch) / "store",
+            threads=_threads_per_rank(options.pp),
+        )
+        with Reporter(options, inputs, folder) as reporter:
+            run_processes(
+                work, options.pp, name="rank", on_event=reporter.handle, log_folder=folder.logs
+            )
+            _conclude(options, inputs, folder, reporter, device="cpu")
+
+
+def _train_as_local_rank(
+    index: int,
+    report: Callable[[RunShape | StepMetrics], None],
+    *,
+    options: TrainOptions,
+    inputs: RunInputs,
+    store: Path,
+    threads: int,
+) -> None:
+    # In the rank's process: the one that watches needs no torch.
+    from hfpp.train.ranks import train_as_local_rank
+
+    train_as_local_rank(options, inputs, report, rank=index, store=store, threads=threads)
+
+
+def _as_torchrun_rank(options: TrainOptions) -> None:
+    from hfpp.train.ranks import TorchrunRank
+
+    rank = TorchrunRank.from_environment()
+    rank.check(options)
+    folder = RunFolder(options.out)
+    if rank.rank == 0:
+        folder.check(force=options.force)
+    with tempfile.TemporaryDirectory(prefix="hfpp-train-") as scratch:
+        inputs = prepare_inputs(options, Path(scratch))
+        if rank.rank != 0:
+            rank.train(options, inputs, lambda _: None)
+            return
+        folder.create()
+        with Reporter(options, inputs, folder) as reporter:
+            rank.train(options, inputs, reporter.handle)
+            _conclude(options, inputs, folder, reporter, device=str(rank.device))
+
+
+def _conclude(
+    options: TrainOptions, inputs: RunInputs, folder: RunFolder, reporter: Reporter, *, device: str
+) -> None:
+    """Writes the results; with --verify, after the plain model was trained as well.
+
+    Raises:
+        TrainingError: the two curves differ.
+    """
+    if not options.verify:
+        reporter.finish(None)
+        return
+    reporter.begin_reference()
+    run_processes(
+        reference_run(options, inputs, device=device, threads=available_cores()),
+        1,
+        name="plain model",
+        on_event=reporter.handle_reference,
+        log_folder=folder.logs,
+    )
+    verdict = compare_curves(
+        reporter.losses, reporter.reference_losses, tolerance=TOLERANCES[options.dtype]
+    )
+    reporter.finish(verdict)
+    if not verdict.holds:
+        raise TrainingError(
+            f"--verify: the pipeline's loss differs from the plain model's by "
+            f"{verdict.largest_difference:.2e} (relative, step {verdict.step}); it must stay below "
+            f"{verdict.tolerance:.0e}. Both curves are in {folder.summary} and {folder.metrics}."
+        )
+
+
+def _threads_per_rank(ranks: int) -> int:
+    """What the user set, else the cores divided over the ranks."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) else max(1, available_cores() // ranks)

@@ -1,0 +1,172 @@
+"""What `hfpp train` can be told, and every rule about it that needs no torch to check."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from hfpp.errors import PipelineConfigError
+from hfpp.plan.schedule import ScheduleSpec, check_microbatches, find_schedule
+from hfpp.train.errors import OptionError
+
+__all__ = ["RunDtype", "TrainOptions"]
+
+# Stages per rank of schedules that leave the number open: hfpp's default for them.
+_USUAL_STAGES_PER_RANK = 2
+
+
+class RunDtype(StrEnum):
+    """The type of parameters, activations and gradients of a run."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+    BFLOAT16 = "bfloat16"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions:
+    """One training run, as asked for; constructing it checks all that it can by itself.
+
+    Attributes:
+        model: folder with a `config.json`, and safetensors to start from if it has any; None for a
+            small Llama.
+        text: UTF-8 file to train on; None for the prose of Python's own `pydoc_data.topics`.
+        pp: ranks of one pipeline.
+        schedule: name or alias of a schedule.
+        microbatch_size: sequences per microbatch.
+        batch_size: sequences per step, over all data-parallel replicas.
+        seq_len: tokens per sequence.
+        steps: optimizer steps.
+        lr: peak learning rate of AdamW, reached after the warm-up.
+        warmup_steps: steps over which the learning rate rises linearly.
+        dtype: type of parameters, activations and gradients.
+        seed: of the initial weights and of the order of the data.
+        max_grad_norm: gradients are clipped to this norm; 0 leaves them as they are.
+        out: folder for the results.
+        force: write into a folder that already holds something.
+        verify: train the plain model too, and compare.
+    """
+
+    model: Path | None = None
+    text: Path | None = None
+    pp: int = 2
+    schedule: str = "Interleaved1F1B"
+    microbatch_size: int = 2
+    batch_size: int = 16
+    seq_len: int = 128
+    steps: int = 120
+    lr: float = 1e-3
+    warmup_steps: int = 20
+    dtype: RunDtype = RunDtype.FLOAT32
+    seed: int = 0
+    max_grad_norm: float = 1.0
+    out: Path = Path("hfpp-train")
+    force: bool = False
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks every option by itself, and those that must fit each other."""
+        for name, least in (
+            ("pp", 1),
+            ("microbatch_size", 1),
+            ("batch_size", 1),
+            ("seq_len", 2),
+            ("steps", 1),
+            ("warmup_steps", 0),
+            ("seed", 0),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise OptionError(f"{_flag(name)} ({value}) must be an integer, at least {least}.")
+        if self.seed >= 2**63:
+            raise OptionError(f"--seed ({self.seed}) must be below 2**63.")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise OptionError(f"--lr ({self.lr}) must be a positive, finite number.")
+        if not (self.max_grad_norm >= 0 and math.isfinite(self.max_grad_norm)):
+            raise OptionError(
+                f"--max-grad-norm ({self.max_grad_norm}) must be a finite number, not negative: "
+                "0 turns clipping off."
+            )
+        if self.batch_size % self.microbatch_size:
+            raise OptionError(
+                f"--batch-size ({self.batch_size}) must be divisible by --microbatch-size "
+                f"({self.microbatch_size}): use --batch-size "
+                f"{-(-self.batch_size // self.microbatch_size) * self.microbatch_size}, or "
+                "--microbatch-size 1."
+            )
+        if self.verify and self.dtype is RunDtype.BFLOAT16:
+            raise OptionError(
+                f"--verify compares curves to a few parts in a million, which --dtype {self.dtype} "
+                "cannot hold: use --dtype float32 or float64."
+            )
+        self.check_schedule(replicas=1)
+
+    @property
+    def schedule_spec(self) -> ScheduleSpec:
+        """The schedule that is meant."""
+        try:
+            return find_schedule(self.schedule)
+        except PipelineConfigError as error:
+            raise OptionError(f"--schedule ({self.schedule}): {error}") from None
+
+    @property
+    def stages_per_rank(self) -> int:
+        """Stages that each rank holds."""
+        return self.schedule_spec.stages_per_rank or _USUAL_STAGES_PER_RANK
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the whole pipeline."""
+        return self.pp * self.stages_per_rank
+
+    def n_microbatches(self, replicas: int) -> int:
+        """Microbatches per step in each of `replicas` data-parallel pipelines."""
+        return self.batch_size // (self.microbatch_size * replicas)
+
+    def check_schedule(self, *, replicas: int) -> None:
+        """Checks that the batch feeds that many pipelines, and the schedule its microbatches.
+
+        Raises:
+            OptionError: it does not; the message has sizes that work.
+        """
+        share = self.microbatch_size * replicas
+        if self.batch_size % share:
+            raise OptionError(
+                f"--batch-size ({self.batch_size}) must be divisible by --microbatch-size "
+                f"({self.microbatch_size}) times the {replicas} data-parallel pipelines: use "
+                f"--batch-size {-(-self.batch_size // share) * share}."
+            )
+        count = self.n_microbatches(replicas)
+        try:
+            check_microbatches(
+                self.schedule_spec,
+                pp_size=self.pp,
+                num_stages=self.num_stages,
+                n_microbatches=count,
+            )
+        except PipelineConfigError as error:
+            raise OptionError(
+                f"--schedule {self.schedule} with --pp {self.pp} cannot run the {count} "
+                f"microbatches that --batch-size ({self.batch_size}) and --microbatch-size "
+                f"({self.microbatch_size}) make: {error}"
+            ) from None
+
+    def check_layers(self, num_layers: int) -> None:
+        """Checks that the model has a layer for every stage.
+
+        Raises:
+            OptionError: it has fewer layers than stages.
+        """
+        if self.num_stages > num_layers:
+            fitting = num_layers // self.stages_per_rank
+            remedy = f"use --pp {fitting} or less" if fitting else "use --schedule 1F1B"
+            raise OptionError(
+                f"--pp ({self.pp}) with --schedule {self.schedule} makes {self.num_stages} stages, "
+                f"but the model has {num_layers} layers, and every stage needs one: {remedy}."
+            )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,239 @@
+"""Local processes that end together: with the first failure, with Ctrl-C, with their parent."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import signal
+import sys
+import textwrap
+import threading
+import time
+import traceback
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from enum import Enum, auto
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfpp.errors import PipelineConfigError
+from hfpp.train.errors import TrainingError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from multiprocessing.process import BaseProcess
+
+    Report = Callable[[Any], None]
+    Work = Callable[[int, Report], None]
+
+__all__ = ["available_cores", "ended_by_signals", "run_processes"]
+
+# Imported once, by the server that the processes are forked from: seconds for each of them.
+_PRELOADED = (
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+    "torch.distributed.tensor",
+    "transformers.models.llama.modeling_llama",
+    "hfpp.train.ranks",
+)
+_GRACE_S = 0.5  # after the first failure: for others to report, so that the cause is found
+_PR_SET_PDEATHSIG = 1
+
+
+class _Kind(Enum):
+    EVENT = auto()
+    DONE = auto()
+    FAILED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    at: float  # monotonic clock; minus infinity for a process that died
+    message: str
+
+
+@dataclass(slots=True)
+class _Child:
+    name: str
+    process: BaseProcess
+    connection: Connection
+    log_file: Path
+    failure: _Failure | None = None
+
+
+def run_processes(work: Work, count: int, *, name: str, on_event: Report, log_folder: Path) -> None:
+    """Runs `work(index, report)` in `count` new processes until all have returned.
+
+    What they print goes to `log_folder`, one file each. Whatever ends this function, or this
+    process (also SIGKILL), ends them all.
+
+    Args:
+        work: picklable; `report` sends a picklable event to this process.
+        count: number of processes.
+        name: what one process is called in messages and log files.
+        on_event: called here with every event, in each process's order.
+        log_folder: exists.
+
+    Raises:
+        TrainingError: a process failed or died. It is the first one's message; a process that died
+            goes before those that failed because of that.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOADED))
+    # The server is started deaf to Ctrl-C, and so are its children: this process ends them.
+    with _interrupts_ignored():
+        multiprocessing.forkserver.ensure_running()
+    lifeline, lifeline_here = context.Pipe(duplex=False)
+    children: list[_Child] = []
+    try:
+        for index in range(count):
+            receiving, sending = context.Pipe(duplex=False)
+            log_file = log_folder / f"{name.replace(' ', '-')}-{index}.log"
+            title = f"{name} {index} of {count}" if count > 1 else f"the {name}"
+            process = context.Process(
+                target=_child_main,
+                args=(work, index, title, log_file, sending, lifeline),
+                daemon=True,
+            )
+            process.start()
+            sending.close()  # else a process that dies would not be seen as the end of the pipe
+            children.append(_Child(title, process, receiving, log_file))
+        _watch(children, on_event)
+    finally:
+        with _interrupts_ignored():
+            lifeline_here.close()
+            lifeline.close()
+            for child in children:
+                child.process.kill()
+            for child in children:
+                child.process.join()
+                child.connection.close()
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Within it, SIGTERM and SIGHUP unwind this process as `SystemExit(128 + number)`."""
+
+    def leave(number: int, _frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _watch(children: list[_Child], on_event: Report) -> None:
+    waiting = {child.connection: child for child in children}
+    deadline: float | None = None
+    while waiting:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        ready = wait(list(waiting), timeout=left)
+        if not ready:
+            break
+        for connection in ready:
+            assert isinstance(connection, Connection)
+            child = waiting[connection]
+            kind, value = _receive(child)
+            if kind is _Kind.EVENT:
+                on_event(value)
+                continue
+            del waiting[connection]
+            if kind is _Kind.FAILED:
+                child.failure = value
+                deadline = deadline or time.monotonic() + _GRACE_S
+    failures = [child.failure for child in children if child.failure is not None]
+    if failures:
+        raise TrainingError(min(failures, key=lambda failure: failure.at).message)
+
+
+def _receive(child: _Child) -> tuple[_Kind, Any]:
+    try:
+        kind, value = child.connection.recv()
+    except (EOFError, OSError):
+        child.process.join(timeout=5)
+        code = child.process.exitcode
+        how = f"exit code {code}"
+        if code is not None and code < 0:
+            how = signal.Signals(-code).name
+            if -code == signal.SIGKILL:
+                how += ", as when memory runs out"
+        message = f"{child.name} died ({how}); what it printed is in {child.log_file}."
+        return _Kind.FAILED, _Failure(float("-inf"), message)
+    return kind, value
+
+
+def _child_main(
+    work: Work, index: int, title: str, log_file: Path, sending: Connection, lifeline: Connection
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _end_with_parent(lifeline)
+    _print_to(log_file)
+    try:
+        work(index, lambda event: sending.send((_Kind.EVENT, event)))
+    except BaseException as error:
+        failed_at = time.monotonic()
+        traceback.print_exc()
+        sys.stderr.flush()
+        if isinstance(error, PipelineConfigError | TrainingError):
+            message = str(error)
+        else:
+            what = textwrap.shorten(f"{type(error).__name__}: {error}", 500)
+            message = f"{title} failed with {what}; the traceback is in {log_file}."
+        with suppress(OSError):
+            sending.send((_Kind.FAILED, _Failure(failed_at, message)))
+        # Ending now would break the connections of the others and make them fail too.
+        threading.Event().wait()
+    sending.send((_Kind.DONE, None))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # nothing is left to clean up, and threads of communication libraries linger
+
+
+def _end_with_parent(lifeline: Connection) -> None:
+    """Ends this process when the one that asked for it is gone, however that ended."""
+    if sys.platform == "linux":
+        # The server that forked this process ends with its own parent.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        with suppress(EOFError, OSError):
+            lifeline.recv_bytes()  # nothing is ever sent: this waits for the end of the pipe
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+
+
+def _print_to(log_file: Path) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with log_file.open("ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
