@@ -40,7 +40,9 @@ void require_objects(const char* what, std::int64_t count) {
 
 // ---- arguments
 
-std::string text_of(py::handle value) { return py::repr(value).cast<std::string>(); }
+std::string text_of(py::handle value) {
+  return py::repr(value).cast<std::string>();
+}
 
 // An integer argument: anything with __index__ but no bool, within 64 bits.
 std::int64_t integer(py::handle value, const char* name) {
@@ -58,8 +60,7 @@ std::int64_t integer(py::handle value, const char* name) {
   int overflow = 0;
   const long long result = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
   if (overflow != 0) {
-    throw std::overflow_error(std::string(name) +
-                              " does not fit in 64 bits: use a smaller value.");
+    throw std::overflow_error(std::string(name) + " does not fit in 64 bits: use a smaller value.");
   }
   if (result == -1 && PyErr_Occurred()) throw py::error_already_set();
   return result;
@@ -207,10 +208,9 @@ class StageNames {
     const bool is_first = stage == 0;
     const bool is_last = stage == partition_.num_stages() - 1;
     const hfpp::LayerRange layers = partition_.layers(stage);
-    const std::int64_t count =
-        (layers.end - layers.begin) + PyTuple_GET_SIZE(every_.ptr()) +
-        (is_first ? PyTuple_GET_SIZE(first_.ptr()) : 0) +
-        (is_last ? PyTuple_GET_SIZE(last_.ptr()) : 0);
+    const std::int64_t count = (layers.end - layers.begin) + PyTuple_GET_SIZE(every_.ptr()) +
+                               (is_first ? PyTuple_GET_SIZE(first_.ptr()) : 0) +
+                               (is_last ? PyTuple_GET_SIZE(last_.ptr()) : 0);
     py::list list = steal_list(count);
     Py_ssize_t at = 0;
     if (is_first) append(list, at, first_);
@@ -225,8 +225,7 @@ class StageNames {
   // prefix + decimal digits, written straight into the new string: this is where the time goes.
   PyObject* layer_name(std::int64_t layer) const {
     std::array<char, 20> digits;
-    const char* const end =
-        std::to_chars(digits.data(), digits.data() + digits.size(), layer).ptr;
+    const char* const end = std::to_chars(digits.data(), digits.data() + digits.size(), layer).ptr;
     const auto length = static_cast<std::size_t>(end - digits.data());
     PyObject* name = nullptr;
     if (ascii_) {
@@ -316,8 +315,9 @@ py::buffer_info buffer_of(Table& table) {
     strides[axis] = stride;
     stride *= table.size(axis);
   }
-  return {table.raw(), hfpp::item_size(table.item()), format_of(table),
-          static_cast<py::ssize_t>(table.axes()), std::move(shape), std::move(strides)};
+  return {table.raw(),      hfpp::item_size(table.item()),
+          format_of(table), static_cast<py::ssize_t>(table.axes()),
+          std::move(shape), std::move(strides)};
 }
 
 std::int64_t index_of(py::handle value) {
@@ -394,8 +394,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used(),
         return "Table(shape=" + text_of(shape_of(table)) + ", format='" + format_of(table) + "')";
       });
 
-  py::native_enum<hfpp::DType> dtypes(m, "DType", "enum.IntEnum",
-                                      "Codes of the dtypes that cross a boundary, by torch's names.");
+  py::native_enum<hfpp::DType> dtypes(
+      m, "DType", "enum.IntEnum", "Codes of the dtypes that cross a boundary, by torch's names.");
   for (const hfpp::DTypeInfo& info : hfpp::kDTypes) dtypes.value(info.name, info.code);
   dtypes.finalize();
   m.def(
@@ -417,12 +417,12 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used(),
         "int64 [num_stages + 1]: stage s has layers offsets[s] to offsets[s + 1] - 1.");
   m.def("layers_of_stage", &layers_of_stage, py::arg("stage_index"), py::arg("num_stages"),
         py::arg("num_layers"), "The first layer of a stage and the one after its last.");
-  m.def("fqn_lists", &fqn_lists, py::arg("num_stages"), py::arg("num_layers"), py::kw_only(),
+  m.def("fqn_lists", &fqn_lists, py::arg("num_stages"), py::arg("num_layers"),
         py::arg("layers_prefix"), py::arg("first"), py::arg("last"), py::arg("every"),
         "The module names of every stage.");
   m.def("fqn_list_of_stage", &fqn_list_of_stage, py::arg("stage_index"), py::arg("num_stages"),
-        py::arg("num_layers"), py::kw_only(), py::arg("layers_prefix"), py::arg("first"),
-        py::arg("last"), py::arg("every"), "The module names of one stage.");
+        py::arg("num_layers"), py::arg("layers_prefix"), py::arg("first"), py::arg("last"),
+        py::arg("every"), "The module names of one stage.");
 
   m.def("boundary_tables", &boundary_tables, py::arg("num_stages"), py::kw_only(),
         py::arg("microbatch_size"), py::arg("seq_len"), py::arg("hidden_size"),

@@ -66,8 +66,7 @@ void test_placement() {
   check_throws<std::overflow_error>(
       [] { StageLayout(1, 2000000000, Placement::Loop).stage_ids_by_rank(); }, "bytes");
   check_throws<hfpp::ConfigError>(
-      [] { StageLayout(1, std::numeric_limits<std::int64_t>::min(), Placement::V); },
-      "num_stages");
+      [] { StageLayout(1, std::numeric_limits<std::int64_t>::min(), Placement::V); }, "num_stages");
 }
 
 void test_partition() {
@@ -76,7 +75,8 @@ void test_partition() {
     for (std::int64_t layers = stages; layers <= 40; ++layers) {
       const UniformPartition partition(stages, layers);
       const hfpp::Table offsets = partition.offsets();
-      check(offsets.at_flat(0) == 0 && offsets.at_flat(stages) == layers, "offsets span the layers");
+      check(offsets.at_flat(0) == 0 && offsets.at_flat(stages) == layers,
+            "offsets span the layers");
       for (std::int64_t s = 0; s < stages; ++s) {
         const hfpp::LayerRange range = partition.layers(s);
         check(range.begin == offsets.at_flat(s) && range.end == offsets.at_flat(s + 1),

@@ -23,8 +23,8 @@ UniformPartition::UniformPartition(std::int64_t num_stages, std::int64_t num_lay
 void UniformPartition::require_stage(std::int64_t stage_index) const {
   if (stage_index >= 0 && stage_index < num_stages_) return;
   throw ConfigError(named("stage_index", stage_index) + " must be in [0, num_stages) with " +
-                    named("num_stages", num_stages_) + ": use stage_index=0 to stage_index=" +
-                    std::to_string(num_stages_ - 1) + ".");
+                    named("num_stages", num_stages_) +
+                    ": use stage_index=0 to stage_index=" + std::to_string(num_stages_ - 1) + ".");
 }
 
 LayerRange UniformPartition::layers(std::int64_t stage_index) const {
@@ -33,7 +33,8 @@ LayerRange UniformPartition::layers(std::int64_t stage_index) const {
 }
 
 Table UniformPartition::offsets() const {
-  Table table = Table::make<std::int64_t>({checked_add(num_stages_, 1, "num_stages")}, "num_stages");
+  Table table =
+      Table::make<std::int64_t>({checked_add(num_stages_, 1, "num_stages")}, "num_stages");
   std::int64_t* const out = table.data<std::int64_t>();
   for (std::int64_t s = 0; s <= longer_; ++s) out[s] = s * (each_ + 1);
   for (std::int64_t s = longer_ + 1; s <= num_stages_; ++s) out[s] = s * each_ + longer_;

@@ -10,7 +10,9 @@ namespace {
 // Stage ids are int32: what a table of them holds, and twice as dense as int64.
 constexpr std::int64_t kMaxStages = std::numeric_limits<std::int32_t>::max();
 
-std::string use_num_stages(std::int64_t value) { return "num_stages=" + std::to_string(value); }
+std::string use_num_stages(std::int64_t value) {
+  return "num_stages=" + std::to_string(value);
+}
 
 // Two stages per rank are nearly every world: a loop whose inner trip count the compiler knows.
 void fill_pairs(std::int32_t* out, std::int32_t ranks, std::int32_t second, std::int32_t step) {
@@ -31,15 +33,15 @@ StageLayout::StageLayout(std::int64_t pp_size, std::int64_t num_stages, Placemen
     if (num_stages == 2 * pp_size) return;
     std::string advice = use_num_stages(2 * pp_size);
     if (num_stages >= 1 && num_stages % pp_size == 0) advice += " or style='loop'";
-    throw ConfigError(named("num_stages", num_stages) + " must be twice " +
-                      named("pp_size", pp_size) +
-                      " with style 'v', which puts exactly 2 stages on each rank: use " + advice +
-                      ".");
+    throw ConfigError(
+        named("num_stages", num_stages) + " must be twice " + named("pp_size", pp_size) +
+        " with style 'v', which puts exactly 2 stages on each rank: use " + advice + ".");
   }
   if (num_stages >= 1 && num_stages % pp_size == 0) return;
   const std::int64_t below = num_stages > pp_size ? num_stages / pp_size * pp_size : pp_size;
   std::string advice = use_num_stages(below);
-  if (num_stages > pp_size && below + pp_size <= kMaxStages) advice += " or " + use_num_stages(below + pp_size);
+  if (num_stages > pp_size && below + pp_size <= kMaxStages)
+    advice += " or " + use_num_stages(below + pp_size);
   throw ConfigError(named("num_stages", num_stages) + " must be a positive multiple of " +
                     named("pp_size", pp_size) + ": use " + advice + ".");
 }
@@ -47,8 +49,8 @@ StageLayout::StageLayout(std::int64_t pp_size, std::int64_t num_stages, Placemen
 void StageLayout::require_rank(std::int64_t pp_rank) const {
   if (pp_rank >= 0 && pp_rank < pp_size_) return;
   throw ConfigError(named("pp_rank", pp_rank) + " must be in [0, pp_size) with " +
-                    named("pp_size", pp_size_) + ": use pp_rank=0 to pp_rank=" +
-                    std::to_string(pp_size_ - 1) + ".");
+                    named("pp_size", pp_size_) +
+                    ": use pp_rank=0 to pp_rank=" + std::to_string(pp_size_ - 1) + ".");
 }
 
 Table StageLayout::stage_ids_by_rank() const {

@@ -16,8 +16,8 @@ BoundaryTables boundary_tables(const BoundarySizes& sizes) {
   const std::int64_t last_size = sizes.has_head ? sizes.vocab_size : sizes.hidden_size;
   const std::int64_t tokens =
       checked_multiply(sizes.microbatch_size, sizes.seq_len, "microbatch_size * seq_len");
-  const std::int64_t token_bytes = checked_multiply(
-      tokens, bytes_of(sizes.dtype), "microbatch_size * seq_len * bytes of dtype");
+  const std::int64_t token_bytes =
+      checked_multiply(tokens, bytes_of(sizes.dtype), "microbatch_size * seq_len * bytes of dtype");
   const std::int64_t ids_bytes = checked_multiply(tokens, bytes_of(DType::Int64),
                                                   "microbatch_size * seq_len * bytes of int64");
   const std::int64_t hidden_bytes = checked_multiply(

@@ -1,12 +1,13 @@
 """Types of the native core; the functions are documented where `hfpp.plan` wraps them."""
 
 from enum import IntEnum
-from typing import Final, SupportsIndex, final
+from typing import Final, Never, SupportsIndex, final
 
 __version__: Final[str]
 
 @final
 class Table:
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...  # made by the core only
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
@@ -56,7 +57,6 @@ def layers_of_stage(
 def fqn_lists(
     num_stages: SupportsIndex,
     num_layers: SupportsIndex,
-    *,
     layers_prefix: str,
     first: tuple[str, ...],
     last: tuple[str, ...],
@@ -66,7 +66,6 @@ def fqn_list_of_stage(
     stage_index: SupportsIndex,
     num_stages: SupportsIndex,
     num_layers: SupportsIndex,
-    *,
     layers_prefix: str,
     first: tuple[str, ...],
     last: tuple[str, ...],

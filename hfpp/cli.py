@@ -19,6 +19,7 @@ __all__ = ["main"]
 
 # What the shell is told; argparse itself ends with 2 for options that it cannot read.
 _FAILED, _BAD_OPTIONS, _INTERRUPTED = 1, 2, 130
+_DEFAULT = " (default: %(default)s)"  # argparse fills it in
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,7 +88,6 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
             "--pp local processes; under torchrun it joins that job, and ranks beyond --pp are "
             "data parallel (FSDP2). Dropout is off."
         ),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     usual = TrainOptions()
@@ -96,7 +96,7 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--model",
         type=Path,
         metavar="FOLDER",
-        default=argparse.SUPPRESS,
+        default=usual.model,
         help="local folder with a config.json, and safetensors to start from if there are any; "
         "its tokenizer is used, else bytes (default: a small Llama)",
     )
@@ -104,16 +104,15 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--text",
         type=Path,
         metavar="FILE",
-        default=argparse.SUPPRESS,
+        default=usual.text,
         help="UTF-8 text to train on (default: the prose of Python's pydoc_data.topics)",
     )
-    train.set_defaults(model=usual.model, text=usual.text)
-    add("--pp", type=int, metavar="N", default=usual.pp, help="ranks of the pipeline")
+    add("--pp", type=int, metavar="N", default=usual.pp, help=f"ranks of the pipeline{_DEFAULT}")
     add(
         "--schedule",
         metavar="NAME",
         default=usual.schedule,
-        help=f"one of {', '.join(SCHEDULES)}, in any case, or an alias",
+        help=f"one of {', '.join(SCHEDULES)}, in any case, or an alias{_DEFAULT}",
     )
     for name, text in (
         ("microbatch-size", "sequences per microbatch"),
@@ -124,22 +123,34 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         ("seed", "of the weights and of the order of the data"),
     ):
         default = getattr(usual, name.replace("-", "_"))
-        add(f"--{name}", type=int, metavar="N", default=default, help=text)
-    add("--lr", type=float, metavar="X", default=usual.lr, help="learning rate of AdamW")
+        add(f"--{name}", type=int, metavar="N", default=default, help=text + _DEFAULT)
+    add(
+        "--lr",
+        type=float,
+        metavar="X",
+        default=usual.lr,
+        help=f"peak learning rate of AdamW{_DEFAULT}",
+    )
     add(
         "--max-grad-norm",
         type=float,
         metavar="X",
         default=usual.max_grad_norm,
-        help="clip all gradients together to this norm; 0 does not clip",
+        help=f"clip all gradients together to this norm; 0 does not clip{_DEFAULT}",
     )
     add(
         "--dtype",
         choices=[str(dtype) for dtype in RunDtype],
         default=str(usual.dtype),
-        help="type of parameters, activations and gradients",
+        help=f"type of parameters, activations and gradients{_DEFAULT}",
     )
-    add("--out", type=Path, metavar="DIR", default=usual.out, help="folder for the results")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=usual.out,
+        help=f"folder for the results, a new one{_DEFAULT}",
+    )
     add("--force", action="store_true", help="replace the results of an earlier run in --out")
     add(
         "--verify",

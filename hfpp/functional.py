@@ -187,7 +187,7 @@ def generate_hf_model_fqn_per_model_part(
 
     Raises:
         PipelineConfigError: If a size is below 1 or there are more stages than layers.
-        TypeError: If a number is no integer or `extra_module_fqns` is one string.
+        TypeError: If a number is no integer, a name is no string, or `extra_module_fqns` is one.
         OverflowError: If the lists would hold more than 16,777,216 layers.
 
     Example:
@@ -453,7 +453,7 @@ def build_pipeline_schedule(
     """
     from hfpp.runtime.build_schedule import build_pipeline_schedule as build
 
-    return build(
+    schedule: _PipelineSchedule = build(
         pipeline_parallel_schedule_csv,
         pipeline_parallel_schedule,
         microbatch_size,
@@ -462,6 +462,7 @@ def build_pipeline_schedule(
         loss_fn,
         scale_grads,
     )
+    return schedule
 
 
 def scale_grads_by_divisor(stages: list[PipelineStage], divisor: float) -> None:

@@ -19,6 +19,7 @@ import multiprocessing.forkserver
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -47,7 +48,9 @@ _PRELOADED = (
     "hfpp.runtime.stage_shapes",
     "hfpp.runtime.pipeline",
 )
-_RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+_RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+if sys.platform == "linux":
+    _RANK_ENVIRONMENT["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo asks what the host's name means
 _GRACE_S = 0.5  # after the first failure: time for others to report, so that the cause is found
 
 

@@ -36,6 +36,8 @@ class ActionKind(StrEnum):
     REDUCE_GRAD = "REDUCE_GRAD"
     WAIT_REDUCE_GRAD = "WAIT_REDUCE_GRAD"
 
+    __hash__ = str.__hash__  # Enum's own is Python code: tables hash hundreds of thousands
+
     @property
     def is_compute(self) -> bool:
         """Whether a stage computes: a forward, a backward or a part of one."""

@@ -81,38 +81,42 @@ def layers_of_stage(stage_index: int, num_stages: int, num_layers: int) -> range
     return range(*_core.layers_of_stage(stage_index, num_stages, num_layers))
 
 
-class _Names(NamedTuple):
-    """The names of a model's modules by where they live."""
-
-    layers_prefix: str
-    first: tuple[str, ...]
-    last: tuple[str, ...]
-    every: tuple[str, ...]
-
-
-def _names(
-    include_embeddings: bool,
-    include_lm_head: bool,
-    include_rotary_emb: bool,
-    include_multimodal_encoders: bool,
-    extra_module_fqns: Iterable[str] | None,
-    fqn_prefix: str,
-    lm_head_fqn: str,
-) -> _Names:
+def _require_names(extra_module_fqns: Iterable[str] | None, **names: str) -> None:
+    for argument, name in names.items():
+        if not isinstance(name, str):
+            raise TypeError(f"{argument} must be a string, not {type(name).__name__}.")
+    for name in extra_module_fqns or ():
+        if not isinstance(name, str):
+            raise TypeError(f"extra_module_fqns must hold strings, not {type(name).__name__}.")
     if isinstance(extra_module_fqns, str):
         # A string is an iterable of its letters, each of which would become a module name.
         raise TypeError(
             f"extra_module_fqns must be a list of names, not the string {extra_module_fqns!r}: "
             f"use extra_module_fqns=[{extra_module_fqns!r}]."
         )
+
+
+def _first_names(
+    include_embeddings: bool,
+    include_multimodal_encoders: bool,
+    extra_module_fqns: Iterable[str] | None,
+    fqn_prefix: str,
+) -> tuple[str, ...]:
+    """What stage 0 begins with."""
     embeddings = (f"{fqn_prefix}embed_tokens",) if include_embeddings else ()
     encoders = MULTIMODAL_NAMES if include_multimodal_encoders else ()
-    return _Names(
-        layers_prefix=f"{fqn_prefix}layers.",
-        first=(*embeddings, *(fqn_prefix + name for name in encoders), *(extra_module_fqns or ())),
-        last=(f"{fqn_prefix}norm", *((lm_head_fqn,) if include_lm_head else ())),
-        every=(f"{fqn_prefix}rotary_emb",) if include_rotary_emb else (),
-    )
+    return (*embeddings, *(fqn_prefix + name for name in encoders), *(extra_module_fqns or ()))
+
+
+def _last_names(include_lm_head: bool, fqn_prefix: str, lm_head_fqn: str) -> tuple[str, ...]:
+    """What the last stage has after its layers."""
+    norm = f"{fqn_prefix}norm"
+    return (norm, lm_head_fqn) if include_lm_head else (norm,)
+
+
+def _names_of_every_stage(include_rotary_emb: bool, fqn_prefix: str) -> tuple[str, ...]:
+    """What every stage ends with."""
+    return (f"{fqn_prefix}rotary_emb",) if include_rotary_emb else ()
 
 
 def generate_hf_model_fqn_per_model_part(
@@ -127,16 +131,17 @@ def generate_hf_model_fqn_per_model_part(
     lm_head_fqn: str = "lm_head",
 ) -> list[list[str]]:
     """Module names per stage: see `hfpp.functional.generate_hf_model_fqn_per_model_part`."""
-    names = _names(
-        include_embeddings,
-        include_lm_head,
-        include_rotary_emb,
-        include_multimodal_encoders,
-        extra_module_fqns,
-        fqn_prefix,
-        lm_head_fqn,
+    _require_names(extra_module_fqns, fqn_prefix=fqn_prefix, lm_head_fqn=lm_head_fqn)
+    return _core.fqn_lists(
+        num_stages,
+        num_layers,
+        f"{fqn_prefix}layers.",
+        _first_names(
+            include_embeddings, include_multimodal_encoders, extra_module_fqns, fqn_prefix
+        ),
+        _last_names(include_lm_head, fqn_prefix, lm_head_fqn),
+        _names_of_every_stage(include_rotary_emb, fqn_prefix),
     )
-    return _core.fqn_lists(num_stages, num_layers, **names._asdict())
 
 
 def generate_hf_model_fqn_of_stage(
@@ -172,23 +177,28 @@ def generate_hf_model_fqn_of_stage(
     Raises:
         PipelineConfigError: If a size is below 1, there are more stages than layers, or there is no
             such stage.
-        TypeError: If `extra_module_fqns` is one string.
+        TypeError: If `extra_module_fqns` is one string, or a name is none.
 
     Example:
         >>> generate_hf_model_fqn_of_stage(1, num_stages=2, num_layers=3)
         ['model.layers.2', 'model.norm', 'lm_head', 'model.rotary_emb']
     """
-    is_first = stage_index == 0
-    names = _names(
-        include_embeddings,
-        include_lm_head,
-        include_rotary_emb,
-        include_multimodal_encoders and is_first,  # spares the other stages the longest part
-        extra_module_fqns,
-        fqn_prefix,
-        lm_head_fqn,
+    _require_names(extra_module_fqns, fqn_prefix=fqn_prefix, lm_head_fqn=lm_head_fqn)
+    # The first names are the longest part, and no other stage needs them.
+    first = (
+        _first_names(include_embeddings, include_multimodal_encoders, extra_module_fqns, fqn_prefix)
+        if stage_index == 0
+        else ()
     )
-    return _core.fqn_list_of_stage(stage_index, num_stages, num_layers, **names._asdict())
+    return _core.fqn_list_of_stage(
+        stage_index,
+        num_stages,
+        num_layers,
+        f"{fqn_prefix}layers.",
+        first,
+        _last_names(include_lm_head, fqn_prefix, lm_head_fqn),
+        _names_of_every_stage(include_rotary_emb, fqn_prefix),
+    )
 
 
 class VirtualStages(NamedTuple):
@@ -232,7 +242,7 @@ def _virtual_stages(
     layers_per_stage: int | None,
     pp_size: int,
     is_single_stage_schedule: bool,
-    round_to_pp_multiple: str | None,
+    round_to_pp_multiple: Literal["up", "down"] | None,
 ) -> int:
     if layers_per_stage is None:
         return pp_size if is_single_stage_schedule else 2 * pp_size
@@ -274,7 +284,10 @@ def _broken_rule(
 
 
 def _advice(
-    num_layers: int, pp_size: int, is_single_stage_schedule: bool, round_to_pp_multiple: str | None
+    num_layers: int,
+    pp_size: int,
+    is_single_stage_schedule: bool,
+    round_to_pp_multiple: Literal["up", "down"] | None,
 ) -> str:
     """What to pass instead; every alternative, taken alone, has been tried and works."""
     least_per_rank = 1 if is_single_stage_schedule else 2

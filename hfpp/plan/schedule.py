@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -95,12 +96,13 @@ _ABSTRACT = {
 }
 
 
-def find_schedule(name: str) -> ScheduleSpec:
+def find_schedule(name: str, *, argument: str = "pipeline_parallel_schedule") -> ScheduleSpec:
     """The schedule of a name, whatever its case, and of the usual aliases.
 
     Args:
         name: torch's name, one of the aliases, or torch's class name; underscores, dashes and
             spaces do not matter.
+        argument: what the caller calls the name, for messages.
 
     Raises:
         PipelineConfigError: unknown (the known ones are listed), abstract, or not a string.
@@ -109,27 +111,34 @@ def find_schedule(name: str) -> ScheduleSpec:
         >>> find_schedule("interleaved_1f1b").name
         'Interleaved1F1B'
     """
-    known = ", ".join(SCHEDULES)
+    known = f"known are {', '.join(SCHEDULES)}"
     if not isinstance(name, str):
         raise PipelineConfigError(
-            f"pipeline_parallel_schedule must be the name of a schedule, not {name!r}: "
-            f"use one of {known}"
+            f"{argument} must be the name of a schedule, not {name!r}; {known}: "
+            f"use {argument}='1F1B'"
         )
     plain = _plain(name)
     if plain in _ABSTRACT:
         raise PipelineConfigError(
-            f"pipeline_parallel_schedule {name!r} is an abstract class of torch, which cannot "
-            f"run: use one of {known}"
+            f"{argument} {name!r} is an abstract class of torch, which cannot run; {known}: "
+            f"use {argument}='{'1F1B' if 'single' in plain else 'Interleaved1F1B'}'"
         )
     if plain not in _BY_PLAIN_NAME:
+        close = get_close_matches(plain, _BY_PLAIN_NAME, n=1)
+        remedy = _BY_PLAIN_NAME[close[0]].name if close else "1F1B"
         raise PipelineConfigError(
-            f"pipeline_parallel_schedule {name!r} is unknown: use one of {known}"
+            f"{argument} {name!r} is unknown; {known}: use {argument}='{remedy}'"
         )
     return _BY_PLAIN_NAME[plain]
 
 
 def check_microbatches(
-    spec: ScheduleSpec, *, pp_size: int, num_stages: int, n_microbatches: int
+    spec: ScheduleSpec,
+    *,
+    pp_size: int,
+    num_stages: int,
+    n_microbatches: int,
+    microbatch_size: int | None = None,
 ) -> None:
     """Checks that a schedule can run that many microbatches.
 
@@ -138,45 +147,50 @@ def check_microbatches(
         pp_size: number of ranks.
         num_stages: number of stages of the whole pipeline.
         n_microbatches: microbatches per step.
+        microbatch_size: where the caller was given it with a local_batch_size: the remedy is then
+            a local_batch_size.
 
     Raises:
         PipelineConfigError: it cannot; the message has the counts that work.
     """
-    n, name = n_microbatches, spec.name
+    n = n_microbatches
+    counts: tuple[int, ...]
     if n < 1:
-        raise PipelineConfigError(
-            f"n_microbatches ({n}) must be at least 1: give local_batch_size at least one "
-            "microbatch_size"
+        rule, counts = "needs at least 1 microbatch", (_least(spec, pp_size, num_stages),)
+    elif spec.name in ("1F1B", "DualPipeV") and n < _least(spec, pp_size, num_stages):
+        counts = (_least(spec, pp_size, num_stages),)
+        if spec.name == "1F1B":
+            rule = f"needs at least as many microbatches as the pipeline has stages ({num_stages})"
+        else:
+            rule = f"needs at least two microbatches for each of the {pp_size} ranks"
+    elif spec.name in ("Interleaved1F1B", "InterleavedZeroBubble") and not _in_rounds(n, pp_size):
+        rule = (
+            f"runs in {n // pp_size} rounds (n_microbatches // pp_size ({pp_size})), of which "
+            "n_microbatches must be a multiple"
         )
-    if name == "1F1B" and n < num_stages:
-        raise PipelineConfigError(
-            f"{name} needs at least as many microbatches as stages, but n_microbatches is {n} and "
-            f"the pipeline has {num_stages} stages: use n_microbatches >= {num_stages} (a larger "
-            "local_batch_size or a smaller microbatch_size), or GPipe, which takes any count"
+        counts = (
+            next(count for count in range(n - 1, 0, -1) if _in_rounds(count, pp_size)),
+            next(count for count in range(n + 1, n + pp_size + 1) if _in_rounds(count, pp_size)),
         )
-    if name == "DualPipeV" and n < 2 * pp_size:
-        raise PipelineConfigError(
-            f"{name} needs at least two microbatches per rank, but n_microbatches is {n} and the "
-            f"pipeline has {pp_size} ranks: use n_microbatches >= {2 * pp_size} (a larger "
-            "local_batch_size or a smaller microbatch_size)"
-        )
-    if name in ("Interleaved1F1B", "InterleavedZeroBubble"):
-        _check_rounds(name, pp_size, n)
-
-
-def _check_rounds(name: str, pp_size: int, n: int) -> None:
-    def works(count: int) -> bool:
-        return count % max(1, count // pp_size) == 0
-
-    if works(n):
+    else:
         return
-    lower = next(count for count in range(n - 1, 0, -1) if works(count))
-    higher = next(count for count in range(n + 1, n + pp_size + 1) if works(count))
+    if microbatch_size is None:
+        has, remedies = f"{n}", [f"n_microbatches={count}" for count in counts]
+    else:
+        size = microbatch_size
+        has = f"local_batch_size ({n * size}) // microbatch_size ({size}) = {n}"
+        remedies = [f"local_batch_size={count * size}" for count in counts]
     raise PipelineConfigError(
-        f"{name} runs its microbatches in {n // pp_size} rounds (n_microbatches // pp_size), but "
-        f"n_microbatches ({n}) is no multiple of {n // pp_size} with pp_size ({pp_size}): use "
-        f"n_microbatches {lower} or {higher}; every multiple of {pp_size} works"
+        f"{spec.name} {rule}, but n_microbatches is {has}: use {' or '.join(remedies)}"
     )
+
+
+def _least(spec: ScheduleSpec, pp_size: int, num_stages: int) -> int:
+    return {"1F1B": num_stages, "DualPipeV": 2 * pp_size}.get(spec.name, 1)
+
+
+def _in_rounds(n_microbatches: int, pp_size: int) -> bool:
+    return n_microbatches % max(1, n_microbatches // pp_size) == 0
 
 
 def compute_table(
@@ -204,10 +218,13 @@ def compute_table(
     """
     per_rank = stages_per_rank if stages_per_rank is not None else spec.stages_per_rank or 2
     if pp_size < 1:
-        raise PipelineConfigError(f"pp_size ({pp_size}) must be at least 1")
+        raise PipelineConfigError(f"pp_size ({pp_size}) must be at least 1: use pp_size=1")
     if per_rank < 1 or (spec.stages_per_rank or per_rank) != per_rank:
         rule = "at least 1" if spec.stages_per_rank is None else str(spec.stages_per_rank)
-        raise PipelineConfigError(f"stages_per_rank ({per_rank}) must be {rule} for {spec.name}")
+        raise PipelineConfigError(
+            f"stages_per_rank ({per_rank}) must be {rule} for {spec.name}: "
+            f"use stages_per_rank={spec.stages_per_rank or 2}"
+        )
     check_microbatches(
         spec, pp_size=pp_size, num_stages=pp_size * per_rank, n_microbatches=n_microbatches
     )

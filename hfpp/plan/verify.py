@@ -23,6 +23,9 @@ _WAITS = {
     ActionKind.WAIT_REDUCE_GRAD: ActionKind.REDUCE_GRAD,
 }
 
+_NEEDED = {_B: _F, _I: _F, _W: _I, ActionKind.SEND_FORWARD: _F} | _WAITS
+"""What comes before an action on its own rank."""
+
 _Done = tuple[int, ActionKind, int]
 """A stage's forward (F) or the gradient of its inputs (B, also after I) of one microbatch."""
 
@@ -85,9 +88,7 @@ def _check_leaf(table: ScheduleTable, step: Step, leaf: Action, seen: dict[Actio
         raise _error(table, step, f"{leaf} already ran at column {first.column}; it runs once")
     if leaf.stage not in table.stages_by_rank[step.rank]:
         raise _error(table, step, f"stage {leaf.stage} does not live on this rank")
-    needed: dict[ActionKind, ActionKind] = {_B: _F, _I: _F, _W: _I} | _WAITS
-    needed |= {ActionKind.SEND_FORWARD: _F}
-    before = leaf._replace(kind=needed[leaf.kind]) if leaf.kind in needed else None
+    before = leaf._replace(kind=_NEEDED[leaf.kind]) if leaf.kind in _NEEDED else None
     if before is not None and before not in seen:
         raise _error(table, step, f"{leaf} comes without {before} before it on this rank")
     if leaf.kind is ActionKind.SEND_BACKWARD and not any(
@@ -165,6 +166,7 @@ class _Messages:
 
     def __init__(self, table: ScheduleTable) -> None:
         self.table = table
+        self._sent: dict[Action, _Message] = {}
         posts: dict[tuple[int, int], list[tuple[_Message, Step]]] = {}
         received: dict[int, set[_Done]] = {}
         for rank in range(table.pp_size):
@@ -174,6 +176,8 @@ class _Messages:
                     if (message := self.of(leaf, step)) is not None:
                         peer = message.target if message.source == rank else message.source
                         posts.setdefault((rank, peer), []).append((message, step))
+                        if message.source == rank:
+                            self._sent[leaf] = message
                         if message.target == rank:
                             have.add((message.stage, message.kind, message.microbatch))
                     elif leaf.kind.is_compute:
@@ -181,6 +185,10 @@ class _Messages:
         for (rank, peer), mine in posts.items():
             if rank < peer or (peer, rank) not in posts:
                 self._check_mirrored(rank, peer, mine, posts.get((peer, rank), []))
+
+    def sent_by(self, leaf: Action) -> _Message | None:
+        """The message that an action sends; None for all other actions."""
+        return self._sent.get(leaf)
 
     def of(self, leaf: Action, step: Step) -> _Message | None:
         """The message that a send or receive is about; None for all other actions."""
@@ -281,8 +289,8 @@ def _run(table: ScheduleTable, messages: _Messages | None) -> None:
                         done.add(result)
                         wake(result)
                 elif messages is not None:
-                    message = messages.of(leaf, step)
-                    if message is not None and message.source == rank:
+                    message = messages.sent_by(leaf)
+                    if message is not None:
                         posted.add(message)
                         wake(message)
             position[rank] += 1

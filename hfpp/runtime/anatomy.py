@@ -103,8 +103,9 @@ class Anatomy:
         return self._slots[cut]
 
     def outer_parameters(self, start: int, stop: int) -> set[str]:
-        """FQNs outside the layer list that layers ``start`` to ``stop - 1`` and what lies around
-        them on their stage use; ``start`` 0 includes the way in, ``stop`` the end the way out.
+        """FQNs outside of the layer list that a stage of layers ``start`` to ``stop - 1`` uses.
+
+        The first stage includes the model's way in, the last its way out.
         """
         graph = self._trace.graph
         incoming = self._slots_before(start)
@@ -153,9 +154,7 @@ class Anatomy:
             return {}
         return {self.batch: batch, self.seq: seq, self.batch * self.seq: batch * seq}
 
-    def _at_sizes(
-        self, batch: int, seq: int, dtype: torch.dtype | None, *, exact: bool
-    ) -> Anatomy:
+    def _at_sizes(self, batch: int, seq: int, dtype: torch.dtype | None, *, exact: bool) -> Anatomy:
         dtype = dtype or self.dtype
         if dtype == self.dtype and (not exact or (batch, seq) == (self.batch, self.seq)):
             return self
@@ -217,9 +216,14 @@ class Anatomy:
 
 @dataclass(slots=True)
 class _Facts:
-    """Per node: the layer it was made in (-1: none), the latest layer it depends on, whether it
-    depends on parameters, layers (``computed``) and whether a later stage could not redo it
-    (``flows``); and whether the model's own code needs the values of the ids on every stage.
+    """What follows from the graph, per node.
+
+    Attributes:
+        layer: the layer it was made in; -1 outside of all.
+        level: the latest layer that it depends on; -1 for none.
+        computed: whether it depends on parameters or layers.
+        flows: whether a later stage could not redo it.
+        reads_ids: whether the model's own code needs the values of the ids on every stage.
     """
 
     layer: list[int]
@@ -293,7 +297,7 @@ def _run_sizes(model: nn.Module) -> tuple[int, int]:
     """A batch size and a sequence length that are no size of the model."""
     taken = {size for parameter in model.parameters() for size in parameter.shape}
     config = getattr(model, "config", None)
-    values = getattr(config, "to_dict", dict)()
+    values: dict[str, Any] = getattr(config, "to_dict", dict)()
     taken |= {v for v in values.values() if isinstance(v, int)}
     batch = next(n for n in (3, 5, 7, 11, 2, 1) if n not in taken or n == 1)
     seq = next(n for n in (13, 11, 17, 19, 23, 29, 31, 37, 8) if n not in taken or n == 8)
@@ -302,9 +306,12 @@ def _run_sizes(model: nn.Module) -> tuple[int, int]:
 
 def _plain_ids(model: nn.Module, batch: int, seq: int) -> torch.Tensor:
     """Token ids, int64 [batch, seq], that are nobody's special token."""
-    values = getattr(getattr(model, "config", None), "to_dict", dict)()
-    special = {v for k, v in values.items() if k.endswith(("token_id", "_token_index"))
-               and isinstance(v, int)}
+    values: dict[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
+    special = {
+        v
+        for k, v in values.items()
+        if k.endswith(("token_id", "_token_index")) and isinstance(v, int)
+    }
     plain = [i for i in range(len(special) + 8) if i not in special][:7]
     ids = torch.tensor(plain, dtype=torch.int64)
     return ids.repeat(batch * seq // len(plain) + 1)[: batch * seq].reshape(batch, seq).clone()
@@ -404,13 +411,15 @@ def _at(values: list[Value], path: Path) -> Value:
 
 def _find_facts(name: str, trace: Trace, layers_name: str, ids_name: str) -> _Facts:
     graph = trace.graph
-    inside = []
+    inside: list[int] = []
     for call in trace.calls:
         own = call.index if call.list_name == layers_name else -1
         inside.append(own if own >= 0 or call.parent < 0 else inside[call.parent])
     size = len(graph)
-    layer = [inside[c] if c >= 0 and k == "op" else -1
-             for c, k in zip(graph.calls, graph.kinds, strict=True)]
+    layer = [
+        inside[c] if c >= 0 and k == "op" else -1
+        for c, k in zip(graph.calls, graph.kinds, strict=True)
+    ]
     level, param, ids = [-1] * size, [False] * size, [False] * size
     for node in range(size):
         parents = graph.parents[node]
@@ -424,10 +433,7 @@ def _find_facts(name: str, trace: Trace, layers_name: str, ids_name: str) -> _Fa
         return ids[node] and not computed[node]
 
     arguments = (
-        value.node
-        for call in trace.calls
-        if call.list_name == layers_name
-        for value in call.inputs
+        value.node for call in trace.calls if call.list_name == layers_name for value in call.inputs
     )
     reads = [node for node, call in trace.reads if call < 0 or inside[call] < 0]
     for node in reads:
@@ -438,7 +444,9 @@ def _find_facts(name: str, trace: Trace, layers_name: str, ids_name: str) -> _Fa
                 f"stage would know."
             )
     outside_use = any(
-        layer[node] < 0 and computed[node] and any(ids_only(p) for p in graph.parents[node])
+        layer[node] < 0
+        and computed[node]
+        and any(ids_only(p) for p in graph.parents[node])
         and node > min(c.first_node for c in trace.calls if c.list_name == layers_name)
         for node in range(size)
     )

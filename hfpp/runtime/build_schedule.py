@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -14,13 +14,15 @@ from hfpp.plan.placement import Placement
 from hfpp.plan.schedule import check_microbatches, find_schedule, read_csv, verify
 from hfpp.runtime import torch_compat as compat
 from hfpp.runtime.controlled_schedule import add_step_context, controlled
+from hfpp.runtime.data_parallel import fit_wrappers
+from hfpp.runtime.tied_weights import TiedGradients
 
 if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage
 
-    from hfpp.plan.schedule import ScheduleTable
+    from hfpp.plan.schedule import ScheduleSpec, ScheduleTable
 
-__all__ = ["add_step_context", "build_pipeline_schedule"]
+__all__ = ["add_step_context", "build_pipeline_schedule", "check_pipeline_schedule"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,48 +40,31 @@ def build_pipeline_schedule(
 ) -> Any:
     """Builds this rank's schedule: see `hfpp.functional.build_pipeline_schedule`."""
     stages = _checked_stages(stages)
-    n_microbatches = _count_microbatches(microbatch_size, local_batch_size)
-    pp_size, num_stages = stages[0].group_size, stages[0].num_stages
-    if loss_fn is not None and scale_grads:
-        loss_fn = _MeanOverMicrobatches(loss_fn, n_microbatches)
-
-    if pipeline_parallel_schedule_csv:
-        table = read_csv(pipeline_parallel_schedule_csv)
-        verify(table)
-        _check_table(table, stages, n_microbatches)
-        schedule_class = controlled(compat.runtime_class())
-        schedule = schedule_class(stages, n_microbatches, loss_fn=loss_fn, scale_grads=False)
-        compat.load_table(schedule, table)
-        name = table.name
-    elif pipeline_parallel_schedule:
-        spec = find_schedule(pipeline_parallel_schedule)
-        name = spec.name
-        if spec.single_stage and len(stages) != 1:
-            raise PipelineConfigError(
-                f"pipeline_parallel_schedule {name} runs exactly 1 stage per rank, but stages has "
-                f"{len(stages)}: use a schedule with several, such as Interleaved1F1B, or one stage"
-            )
-        if spec.placement is Placement.V and len(stages) != 2:
-            raise PipelineConfigError(
-                f"pipeline_parallel_schedule {name} runs exactly 2 stages per rank, but stages has "
-                f"{len(stages)}: use 2 stages per rank, or another schedule"
-            )
-        _check_indices(name, stages, spec.placement)
-        check_microbatches(
-            spec, pp_size=pp_size, num_stages=num_stages, n_microbatches=n_microbatches
-        )
-        schedule_class = controlled(compat.schedule_class(name))
-        schedule = schedule_class(
-            stages[0] if spec.single_stage else stages,
-            n_microbatches,
-            loss_fn=loss_fn,
-            scale_grads=False,
-        )
+    request = _check(
+        pipeline_parallel_schedule_csv,
+        pipeline_parallel_schedule,
+        microbatch_size,
+        local_batch_size,
+        stages,
+    )
+    n_microbatches, num_stages = request.n_microbatches, stages[0].num_stages
+    if loss_fn is not None:
+        loss_fn = _Loss(loss_fn, n_microbatches if scale_grads else 1)
+    if request.table is not None:
+        name, torch_class = request.table.name, compat.runtime_class()
     else:
-        raise PipelineConfigError(
-            "pipeline_parallel_schedule and pipeline_parallel_schedule_csv are both empty: give "
-            "the name of a schedule, such as 1F1B, or the path of a schedule file"
-        )
+        assert request.spec is not None
+        name, torch_class = request.spec.name, compat.schedule_class(request.spec.name)
+    single = request.spec is not None and request.spec.single_stage
+    schedule = controlled(torch_class)(
+        stages[0] if single else stages, n_microbatches, loss_fn=loss_fn, scale_grads=False
+    )
+    if request.table is not None:
+        compat.load_table(schedule, request.table)
+    fit_wrappers(stages, splits_backward=compat.splits_backward(schedule))
+    tied = TiedGradients(stages)
+    if tied:
+        add_step_context(schedule, tied.around_step)
     if n_microbatches < num_stages:
         logger.warning(
             "%d microbatches are fewer than the pipeline's %d stages: some ranks idle most of the "
@@ -93,13 +78,93 @@ def build_pipeline_schedule(
         "Schedule %s on rank %d of %d: stages %s of %d, %d microbatches of %d",
         name,
         stages[0].group_rank,
-        pp_size,
+        stages[0].group_size,
         [stage.stage_index for stage in stages],
         num_stages,
         n_microbatches,
         microbatch_size,
     )
     return schedule
+
+
+def check_pipeline_schedule(
+    pipeline_parallel_schedule_csv: str | os.PathLike[str] | None,
+    pipeline_parallel_schedule: str | None,
+    microbatch_size: int,
+    local_batch_size: int,
+    stages: Sequence[PipelineStage],
+) -> None:
+    """Raises what `build_pipeline_schedule` would raise, without building: no rank waits for it.
+
+    Args:
+        pipeline_parallel_schedule_csv: as there.
+        pipeline_parallel_schedule: as there.
+        microbatch_size: as there.
+        local_batch_size: as there.
+        stages: this rank's.
+
+    Raises:
+        PipelineConfigError: the schedule cannot run with these sizes and stages.
+        FileNotFoundError: no such CSV file.
+    """
+    _check(
+        pipeline_parallel_schedule_csv,
+        pipeline_parallel_schedule,
+        microbatch_size,
+        local_batch_size,
+        _checked_stages(stages),
+    )
+
+
+class _Request(NamedTuple):
+    """A schedule that can run: by its table or by its name."""
+
+    n_microbatches: int
+    spec: ScheduleSpec | None
+    table: ScheduleTable | None
+
+
+def _check(
+    csv: str | os.PathLike[str] | None,
+    name: str | None,
+    microbatch_size: int,
+    local_batch_size: int,
+    stages: list[PipelineStage],
+) -> _Request:
+    n_microbatches = _count_microbatches(microbatch_size, local_batch_size)
+    if csv:
+        table = read_csv(csv)
+        verify(table)
+        _check_table(table, stages, n_microbatches)
+        return _Request(n_microbatches, None, table)
+    if not name:
+        raise PipelineConfigError(
+            "pipeline_parallel_schedule and pipeline_parallel_schedule_csv are both empty; give "
+            "the name of a schedule or the path of a schedule file: "
+            "use pipeline_parallel_schedule='1F1B'"
+        )
+    spec = find_schedule(name)
+    _check_count(spec, len(stages))
+    _check_indices(spec.name, stages, spec.placement)
+    check_microbatches(
+        spec,
+        pp_size=stages[0].group_size,
+        num_stages=stages[0].num_stages,
+        n_microbatches=n_microbatches,
+        microbatch_size=microbatch_size,
+    )
+    return _Request(n_microbatches, spec, None)
+
+
+def _check_count(spec: ScheduleSpec, count: int) -> None:
+    if spec.stages_per_rank is None or count == spec.stages_per_rank:
+        return
+    wanted = "1 stage" if spec.stages_per_rank == 1 else f"{spec.stages_per_rank} stages"
+    remedy = "one that takes several, such as Interleaved1F1B" if count > 1 else "1F1B or GPipe"
+    raise PipelineConfigError(
+        f"pipeline_parallel_schedule {spec.name} runs exactly {wanted} per rank, but stages has "
+        f"{count}: split the model for {spec.name}, or use {remedy}"
+    )
 
 
 def _checked_stages(stages: Sequence[PipelineStage]) -> list[PipelineStage]:
@@ -110,20 +175,23 @@ def _checked_stages(stages: Sequence[PipelineStage]) -> list[PipelineStage]:
 
 
 def _count_microbatches(microbatch_size: int, local_batch_size: int) -> int:
-    for name, value in (
-        ("microbatch_size", microbatch_size),
-        ("local_batch_size", local_batch_size),
+    for name, value, remedy in (
+        ("microbatch_size", microbatch_size, 1),
+        ("local_batch_size", local_batch_size, microbatch_size),
     ):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise PipelineConfigError(f"{name} must be an integer, not {value!r}")
+            raise PipelineConfigError(
+                f"{name} must be an integer, not {value!r}: use {name}={remedy}"
+            )
         if value < 1:
-            raise PipelineConfigError(f"{name} ({value}) must be at least 1")
+            raise PipelineConfigError(f"{name} ({value}) must be at least 1: use {name}={remedy}")
     if local_batch_size % microbatch_size:
         lower = local_batch_size - local_batch_size % microbatch_size
-        counts = f"{lower} or {lower + microbatch_size}" if lower else f"{microbatch_size}"
+        counts = [lower, lower + microbatch_size] if lower else [microbatch_size]
         raise PipelineConfigError(
             f"local_batch_size ({local_batch_size}) must be divisible by microbatch_size "
-            f"({microbatch_size}): use local_batch_size {counts}, or another microbatch_size"
+            f"({microbatch_size}): "
+            f"use {' or '.join(f'local_batch_size={count}' for count in counts)}"
         )
     return local_batch_size // microbatch_size
 
@@ -166,31 +234,35 @@ def _check_table(table: ScheduleTable, stages: list[PipelineStage], n_microbatch
         )
 
 
-class _MeanOverMicrobatches:
-    """A loss whose gradient is divided by the number of microbatches; its value is not.
+class _Loss:
+    """The user's loss, with its gradient divided by a number; its value is not.
 
-    torch's own `scale_grads` divides whatever has accumulated in `.grad` at the end of every step,
-    so that with several steps before the optimizer the earlier ones are divided again.
+    Dividing here gives the mean over microbatches however many steps accumulate. torch's own
+    `scale_grads` divides whatever is in `.grad` at the end of every step: with several steps before
+    the optimizer it divides the earlier ones again.
     """
 
-    def __init__(self, loss_fn: LossFn, n_microbatches: int) -> None:
+    def __init__(self, loss_fn: LossFn, divisor: int) -> None:
         self.loss_fn = loss_fn
-        self.n_microbatches = n_microbatches
+        self.divisor = divisor
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = self.loss_fn(*args, **kwargs)
-        scaled: torch.Tensor = _DivideGradient.apply(loss, self.n_microbatches)  # type: ignore[no-untyped-call]
-        return scaled
+        divided: torch.Tensor = _DivideGradient.apply(loss, self.divisor)  # type: ignore[no-untyped-call]
+        return divided
 
 
 class _DivideGradient(torch.autograd.Function):
-    """The identity, whose backward divides by a number."""
+    """A copy, whose backward divides by a number.
+
+    A copy, as schedules with a split backward detach the loss in place, which views forbid.
+    """
 
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor, divisor: int) -> torch.Tensor:
         ctx.divisor = divisor
-        return value.view_as(value)
+        return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradients[0] / ctx.divisor, None
+        return gradients[0] if ctx.divisor == 1 else gradients[0] / ctx.divisor, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,6 +33,7 @@ class ControlledSchedule(_Base):
         super().__init__(*args, **kwargs)
         self._step_contexts: list[StepContext] = []
         self._forward_actions: list[Action] | None = None
+        self._static = False  # whether the stages knew their shapes before torch made them ready
 
     def step(
         self,
@@ -101,9 +102,11 @@ class ControlledSchedule(_Base):
 
         had_backward = self._has_backward
         with ExitStack() as contexts:
-            if not (compat.is_initialized(self) and all(map(compat.has_static_metadata, stages))):
+            ready = compat.is_initialized(self)
+            static = self._static if ready else all(map(compat.has_static_metadata, stages))
+            if not (ready and static):
                 # Shapes that were inferred in training need not be those of this batch.
-                contexts.enter_context(compat.other_infrastructure(self))
+                contexts.enter_context(compat.other_infrastructure(self, infer=not static))
             self._has_backward = False
             for stage in stages:
                 stage.has_backward = False
@@ -121,12 +124,20 @@ class ControlledSchedule(_Base):
         return compat.merge_outputs(self, outputs) if outputs else None
 
     def _initialize_stage(self, *args: Any, **kwargs: Any) -> None:
-        with compat.undisturbed_unless_initialized(self):
+        with self._initializing():
             cast("Any", super())._initialize_stage(*args, **kwargs)
 
     def _initialize_stages(self, *args: Any, **kwargs: Any) -> None:
-        with compat.undisturbed_unless_initialized(self):
+        with self._initializing():
             cast("Any", super())._initialize_stages(*args, **kwargs)
+
+    def _initializing(self) -> AbstractContextManager[None]:
+        """Torch comes here at every step; only before the first one there is something to do."""
+        if compat.is_initialized(self):
+            return nullcontext()
+        stages = compat.local_stages(self)
+        self._static = all(map(compat.has_static_metadata, stages))
+        return compat.undisturbed(stages)
 
     def _has_last_stage(self) -> bool:
         return any(stage.is_last for stage in compat.local_stages(self))

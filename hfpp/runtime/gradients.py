@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -156,7 +156,8 @@ def _scope(
             scaled[id(item)] = counted[id(item)] = item
         else:
             raise PipelineConfigError(
-                f"parameters holds a {type(item).__name__}: give the model parts or their parameters."
+                f"parameters holds a {type(item).__name__}: give the model parts, or their "
+                "parameters."
             )
     if any(group != groups[0] for group in groups):
         raise PipelineConfigError(
@@ -259,7 +260,7 @@ def _use_foreach(grads: list[Tensor], foreach: bool | None) -> bool:
 
 def _local(grad: Tensor) -> Tensor:
     """This rank's shard of a gradient: the tensor itself, so that writing into it is seen."""
-    return cast("Tensor", grad.to_local()) if isinstance(grad, DTensor) else grad
+    return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
 def _group_device(group: dist.ProcessGroup | None, own: torch.device) -> torch.device:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from hfpp.errors import PipelineConfigError
 
@@ -49,8 +49,8 @@ def causal_lm_loss(
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     # Shifting the labels and not the logits spares a copy of the largest tensor of the step.
-    targets = F.pad(labels[..., 1:].long(), (0, 1), value=IGNORED_LABEL).to(logits.device)
-    total = F.cross_entropy(
+    targets = functional.pad(labels[..., 1:].long(), (0, 1), value=IGNORED_LABEL).to(logits.device)
+    total = functional.cross_entropy(
         logits.reshape(-1, vocabulary),
         targets.reshape(-1),
         ignore_index=IGNORED_LABEL,
@@ -81,8 +81,8 @@ def _check(logits: Tensor, labels: Tensor, num_items: int | float | Tensor | Non
     if labels.shape != logits.shape[:-1]:
         raise PipelineConfigError(
             f"labels {tuple(labels.shape)} must have the shape of logits {tuple(logits.shape)} "
-            f"without its last dimension, {tuple(logits.shape[:-1])}: give the input ids (or a copy "
-            "with -100 where nothing is to be learned), not shifted."
+            f"without its last dimension, {tuple(logits.shape[:-1])}: give the input ids, not "
+            "shifted (or a copy with -100 where nothing is to be learned)."
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise PipelineConfigError(

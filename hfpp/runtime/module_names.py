@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import TYPE_CHECKING
 
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.partition import MULTIMODAL_NAMES
-from hfpp.runtime.anatomy import Anatomy
-from hfpp.runtime.ownership import Ownership
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hfpp.runtime.anatomy import Anatomy
+    from hfpp.runtime.ownership import Ownership
 
 _MAY_BE_MISSING = frozenset((*MULTIMODAL_NAMES, "rotary_emb"))
 
@@ -35,8 +39,8 @@ def offsets_of(names: list[list[str]], anatomy: Anatomy) -> tuple[int, ...]:
     """Layer offsets of the stages, stage s having ``offsets[s]`` to ``offsets[s + 1] - 1``.
 
     Raises:
-        PipelineConfigError: if the layers are not each on one stage, in order; it names the FQN and
-            the stage.
+        PipelineConfigError: if the layers are not each on one stage, in order, or the model lacks
+            a name; with FQN and stage.
     """
     prefix, total = f"{anatomy.layers_name}.", anatomy.num_layers
     offsets = [0]
@@ -44,6 +48,7 @@ def offsets_of(names: list[list[str]], anatomy: Anatomy) -> tuple[int, ...]:
         following = offsets[-1]
         for name in modules:
             if not name.startswith(prefix):
+                _check_exists(stage, name, anatomy)
                 continue
             index = name[len(prefix) :]
             if not index.isdecimal() or int(index) >= total:
@@ -69,14 +74,12 @@ def offsets_of(names: list[list[str]], anatomy: Anatomy) -> tuple[int, ...]:
     return tuple(offsets)
 
 
-def check_module_names(
-    names: list[list[str]], model: nn.Module, anatomy: Anatomy, ownership: Ownership
-) -> None:
+def check_module_names(names: list[list[str]], anatomy: Anatomy, ownership: Ownership) -> None:
     """Compare a list with what the stages' forwards need.
 
     Raises:
-        PipelineConfigError: for a name that the model lacks, a module that its stage's forward
-            needs and the list lacks, or one that another stage needs; with FQN and stage.
+        PipelineConfigError: for a module that its stage's forward needs and the list lacks, or one
+            that another stage needs; with FQN and stage.
     """
     prefix = f"{anatomy.layers_name}."
     parameters = [name for name, _ in anatomy.skeleton.named_parameters()]
@@ -91,12 +94,6 @@ def check_module_names(
                 continue
             if prefix.startswith(f"{name}."):
                 raise _error(stage, name, "holds the layers: list what is inside it by itself")
-            if _find(model, name) is None and name not in parameters:
-                if name.rpartition(".")[2] in _MAY_BE_MISSING:
-                    continue
-                raise _error(
-                    stage, name, f"is no module of {anatomy.model_name}: check the spelling"
-                )
             for parameter in parameters:
                 if _covers(name, parameter) and needed.get(parameter, {stage}).isdisjoint({stage}):
                     right = min(needed[parameter])
@@ -131,6 +128,14 @@ def _component(parameter: str, anatomy: Anatomy) -> str:
 
 def _covers(name: str, parameter: str) -> bool:
     return parameter == name or parameter.startswith(f"{name}.")
+
+
+def _check_exists(stage: int, name: str, anatomy: Anatomy) -> None:
+    exists = _find(anatomy.skeleton, name) is not None or any(
+        name == parameter for parameter, _ in anatomy.skeleton.named_parameters()
+    )
+    if not exists and name.rpartition(".")[2] not in _MAY_BE_MISSING:
+        raise _error(stage, name, f"is no module of {anatomy.model_name}: check the spelling")
 
 
 def _find(model: nn.Module, name: str) -> nn.Module | None:

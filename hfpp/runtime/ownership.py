@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
-from hfpp.runtime.anatomy import Anatomy
+    from hfpp.runtime.anatomy import Anatomy
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,7 @@ def find_ownership(model: nn.Module, anatomy: Anatomy, offsets: Sequence[int]) -
         anatomy: its anatomy.
         offsets: stage s has layers ``offsets[s]`` to ``offsets[s + 1] - 1``.
     """
-    spans = list(zip(offsets[:-1], offsets[1:], strict=True))
+    spans = list(itertools.pairwise(offsets))
     outer = [set(anatomy.outer_parameters(start, stop)) for start, stop in spans]
     prefix = f"{anatomy.layers_name}."
     names = [name for name, _ in anatomy.skeleton.named_parameters()]

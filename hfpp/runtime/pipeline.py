@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
-
-import torch
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage
-from torch.nn.parallel import DistributedDataParallel
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from hfpp.errors import PipelineConfigError
-from hfpp.runtime.build_schedule import add_step_context, build_pipeline_schedule
+from hfpp.runtime.build_schedule import build_pipeline_schedule, check_pipeline_schedule
 from hfpp.runtime.preflight import agree, model_facts
 from hfpp.runtime.split_model import split_model_into_stages
 from hfpp.runtime.stage_shapes import precompute_stage_shapes
-from hfpp.runtime.tied_weights import TiedGradients
-from hfpp.runtime.torch_compat import TorchSchedule
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.pipelining import PipelineStage
+
+    from hfpp.runtime.torch_compat import TorchSchedule
 
 
 class Pipeline(NamedTuple):
@@ -106,6 +105,13 @@ def pipeline_model(
             round_to_pp_multiple,
             pipeline_parallel_schedule_csv=pipeline_parallel_schedule_csv,
         )
+        check_pipeline_schedule(
+            pipeline_parallel_schedule_csv,
+            pipeline_parallel_schedule,
+            microbatch_size,
+            local_batch_size,
+            stages,
+        )
         _check_seq_len(seq_len)
     except (PipelineConfigError, FileNotFoundError) as error:
         refusal = error
@@ -124,7 +130,6 @@ def pipeline_model(
             )
             parts[index] = parts[index] if replaced is None else replaced
             stage.submod = parts[index]
-        _check_wrappers(parts)
     if seq_len is not None:
         precompute_stage_shapes(
             stages, getattr(model, "config", None), microbatch_size, seq_len, tensor_dtype
@@ -138,9 +143,6 @@ def pipeline_model(
         loss_fn,
         scale_grads,
     )
-    tied = TiedGradients(stages)
-    if tied:
-        add_step_context(schedule, tied.around_step)
     return Pipeline(
         schedule,
         parts,
@@ -162,12 +164,12 @@ def _pipeline_mesh(world_mesh: DeviceMesh, pp_axis_name: str) -> DeviceMesh:
 
 def _check_axes(world_mesh: DeviceMesh, dp: tuple[str, ...], *others: str | None) -> None:
     names = world_mesh.mesh_dim_names or ()
-    if isinstance(dp, str):
+    if isinstance(cast("Any", dp), str):
         raise PipelineConfigError(
             f"dp_axis_names ({dp!r}) must be a tuple of names: write ({dp!r},)."
         )
-    for name in (cp for cp in others if cp is not None):
-        if name not in names:
+    for name in others:
+        if name is not None and name not in names:
             raise PipelineConfigError(
                 f"axis {name!r} is not in world_mesh, which has {list(names)}: leave it None."
             )
@@ -186,16 +188,3 @@ def _contents(path: str | PathLike[str] | None) -> str | None:
     if path is None or not Path(path).is_file():
         return None if path is None else str(path)
     return Path(path).read_text(encoding="utf-8", errors="replace")
-
-
-def _check_wrappers(parts: list[nn.Module]) -> None:
-    if len(parts) > 1 and any(isinstance(part, DistributedDataParallel) for part in parts):
-        raise PipelineConfigError(
-            f"parallelize_fn wrapped {len(parts)} stages of this rank in DistributedDataParallel, "
-            f"which loses track of several stages' backward passes: use fully_shard (FSDP2), or a "
-            f"schedule with one stage per rank (1F1B, GPipe)."
-        )
-
-
-def _is_fsdp(part: nn.Module) -> bool:
-    return isinstance(cast("Any", part), FSDPModule)

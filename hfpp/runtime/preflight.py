@@ -32,7 +32,7 @@ def model_facts(model: nn.Module) -> dict[str, str]:
         "tied parameters": _digest(tied),
     }
     config = getattr(model, "config", None)
-    values = getattr(config, "to_dict", dict)()
+    values: dict[str, Any] = getattr(config, "to_dict", dict)()
     for name, value in values.items():
         if not name.startswith("_") and name != "transformers_version":
             facts[f"config.{name}"] = _short(value)

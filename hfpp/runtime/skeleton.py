@@ -32,12 +32,10 @@ def meta_skeleton(model: nn.Module) -> nn.Module:
         skeleton = copy.deepcopy(model, memo)
     seen: set[int] = set()
     for module in skeleton.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(parameter) in seen:
                 module._parameters[name] = _meta_parameter(parameter)
-            seen.add(id(module._parameters[name]))
+            seen.add(id(parameter))
     return skeleton.eval()
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 
 from hfpp.errors import PipelineConfigError
@@ -28,6 +27,11 @@ from hfpp.runtime.stage_module import (
     make_stage,
 )
 
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from torch.distributed.device_mesh import DeviceMesh
+
 logger = logging.getLogger(__name__)
 
 
@@ -41,9 +45,9 @@ def split_model_into_stages(
     layers_per_stage: int | None = None,
     patch_inner_model: bool = True,
     patch_causal_lm_model: bool = True,
-    round_to_pp_multiple: str | None = None,
+    round_to_pp_multiple: Literal["up", "down"] | None = None,
     *,
-    pipeline_parallel_schedule_csv: str | None = None,
+    pipeline_parallel_schedule_csv: str | PathLike[str] | None = None,
     anatomy: Anatomy | None = None,
 ) -> tuple[list[PipelineStage], list[nn.Module]]:
     """Split ``model``: see `hfpp.functional.split_model_into_stages`."""
@@ -54,29 +58,29 @@ def split_model_into_stages(
         getattr(type(model), "_pp_keep_self_forward", False)
     )
     _refuse_silent_differences(model, pp_size)
+    whole = single and pp_size == 1  # even a model that cannot be cut runs on one stage
+    if anatomy is None and not own_forward and not whole:
+        anatomy = find_anatomy(model)
     if module_names_per_stage is not None:
         num_stages = len(module_names_per_stage)
-        _check_stage_count(num_stages, pp_size, stages_per_rank, single, pp_schedule)
+    elif layers_per_stage is None and stages_per_rank is not None:
+        num_stages = pp_size * stages_per_rank
     else:
-        num_layers = _num_layers(model, anatomy)
-        if stages_per_rank is not None and layers_per_stage is None:
-            num_stages = pp_size * stages_per_rank
-        else:
-            num_stages, _ = calculate_virtual_stages(
-                num_layers, layers_per_stage, pp_size, single, round_to_pp_multiple
-            )
-            _check_stage_count(num_stages, pp_size, stages_per_rank, single, pp_schedule)
+        num_layers = _num_layers(model) if anatomy is None else anatomy.num_layers
+        num_stages, _ = calculate_virtual_stages(
+            num_layers, layers_per_stage, pp_size, single, round_to_pp_multiple
+        )
+    _check_stage_count(num_stages, pp_size, stages_per_rank, pp_schedule)
     ids = stage_ids_this_rank(pp_rank, pp_size, num_stages, placement.value)
     if own_forward:
         modules = prune(model, module_names_per_stage, num_stages, ids)
-    elif num_stages == 1:
+    elif anatomy is None:
         modules = [_whole_model(model, group)]
     else:
-        anatomy = anatomy or find_anatomy(model)
         names = module_names_per_stage or _generated_names(model, anatomy, num_stages)
         offsets = offsets_of(names, anatomy)
         ownership = find_ownership(model, anatomy, offsets)
-        check_module_names(names, model, anatomy, ownership)
+        check_module_names(names, anatomy, ownership)
         modules = build_stages(model, anatomy, ownership, ids, group)
     stages = [
         _pipeline_stage(module, index, num_stages, device, group)
@@ -89,7 +93,9 @@ def split_model_into_stages(
     return stages, modules
 
 
-def _layout(schedule: str | None, csv: str | None) -> tuple[Placement, int | None, bool]:
+def _layout(
+    schedule: str | None, csv: str | PathLike[str] | None
+) -> tuple[Placement, int | None, bool]:
     """Placement, stages per rank (None: any number from two) and whether it is one."""
     if csv is not None:
         table = read_csv(csv)
@@ -104,25 +110,22 @@ def _layout(schedule: str | None, csv: str | None) -> tuple[Placement, int | Non
 
 
 def _check_stage_count(
-    num_stages: int, pp_size: int, stages_per_rank: int | None, single: bool, schedule: str | None
+    num_stages: int, pp_size: int, stages_per_rank: int | None, schedule: str | None
 ) -> None:
-    if num_stages % pp_size or num_stages == 0:
+    per_rank, rest = divmod(num_stages, pp_size)
+    if rest or per_rank == 0:
         raise PipelineConfigError(
             f"num_stages ({num_stages}) must be a positive multiple of pp_size ({pp_size}): "
-            f"give {max(1, num_stages // pp_size) * pp_size} stages."
+            f"give {max(1, per_rank) * pp_size} stages."
         )
-    per_rank = num_stages // pp_size
-    wanted = 1 if single else stages_per_rank
-    if (wanted is not None and per_rank != wanted) or (wanted is None and per_rank < 2):
-        rule = (
-            f"exactly {wanted} stage{'s' if wanted > 1 else ''} per rank"
-            if wanted is not None
-            else "at least 2 stages per rank"
-        )
-        raise PipelineConfigError(
-            f"{schedule or 'the schedule of the CSV'} needs {rule}, got {per_rank} ({num_stages} "
-            f"stages on {pp_size} ranks): use {pp_size * (wanted or 2)} stages."
-        )
+    if per_rank == stages_per_rank or (stages_per_rank is None and per_rank > 1):
+        return
+    rule = "2 or more" if stages_per_rank is None else f"exactly {stages_per_rank}"
+    raise PipelineConfigError(
+        f"{schedule or 'the schedule of the CSV file'} needs {rule} stages per rank, got "
+        f"{per_rank} ({num_stages} stages on {pp_size} ranks): use "
+        f"{pp_size * (stages_per_rank or 2)} stages."
+    )
 
 
 def _refuse_silent_differences(model: nn.Module, pp_size: int) -> None:
@@ -136,13 +139,16 @@ def _refuse_silent_differences(model: nn.Module, pp_size: int) -> None:
         )
 
 
-def _num_layers(model: nn.Module, anatomy: Anatomy | None) -> int:
-    if anatomy is not None:
-        return anatomy.num_layers
+def _num_layers(model: nn.Module) -> int:
     config = getattr(model, "config", None)
     text = getattr(config, "get_text_config", lambda: config)()
-    known = getattr(text, "num_hidden_layers", None)
-    return int(known) if known is not None else find_anatomy(model).num_layers
+    layers = getattr(text, "num_hidden_layers", None)
+    if layers is None:
+        raise PipelineConfigError(
+            f"{type(model).__name__} has no config.num_hidden_layers: give "
+            f"module_names_per_stage, or leave out layers_per_stage."
+        )
+    return int(layers)
 
 
 def _generated_names(model: nn.Module, anatomy: Anatomy, num_stages: int) -> list[list[str]]:
@@ -226,9 +232,7 @@ def _structural_copy(
     return stage
 
 
-def _separate_copies(
-    stage: nn.Module, ownership: Ownership, index: int, held: set[int]
-) -> None:
+def _separate_copies(stage: nn.Module, ownership: Ownership, index: int, held: set[int]) -> None:
     """Give the stage a tensor of its own where an earlier stage of this rank trains the same."""
     for tied in ownership.tied:
         names: Mapping[int, tuple[str, ...]] = dict(tied.names)

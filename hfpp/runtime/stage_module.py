@@ -10,15 +10,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from hfpp.errors import PipelineConfigError
 from hfpp.runtime.anatomy import IDS, Anatomy, Hidden, LayerCall, Slot, TensorLike
-from hfpp.runtime.ownership import TiedParameter
 from hfpp.runtime.trace import Key, Path
+
+if TYPE_CHECKING:
+    from hfpp.runtime.ownership import TiedParameter
 
 _MARK = "_hfpp_received"
 
@@ -67,7 +70,9 @@ class StageBoundary:
 
     def slots_in(self) -> tuple[Slot, ...]:
         """What arrives from the previous stage; nothing at the first."""
-        return () if self.is_first or self.anatomy is None else self.anatomy.slots(self.layers.start)
+        return (
+            () if self.is_first or self.anatomy is None else self.anatomy.slots(self.layers.start)
+        )
 
     def slots_out(self) -> tuple[Slot, ...]:
         """What goes to the next stage; nothing at the last."""
@@ -89,6 +94,7 @@ class StageBoundary:
         if self.anatomy is None:
             return None
         sizes = (microbatch_size, seq_len, dtype)
+        inputs: tuple[TensorMeta, ...]
         if self.is_first:
             inputs = (TensorMeta((microbatch_size, seq_len), torch.int64, False),)
         else:
@@ -114,7 +120,7 @@ def boundary_of(module: nn.Module) -> StageBoundary | None:
     return boundary
 
 
-class _CutReached(BaseException):  # noqa: N818
+class _CutReached(BaseException):
     """Ends a stage's forward; no model's ``except Exception`` may swallow it."""
 
 
@@ -123,6 +129,7 @@ class _Running:
 
     def __init__(self) -> None:
         self.received: tuple[Any, ...] | None = None
+        self.with_gradients = False
         self.captured: dict[int, torch.Tensor] = {}
 
 
@@ -156,7 +163,7 @@ def _hollow_layer_class(base: type[nn.Module]) -> type[nn.Module]:
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return _call_hollow_layer(self, args, kwargs)
 
-        def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
+        def _apply(self, fn: Callable[..., Any], _recurse: bool = True) -> nn.Module:
             _apply_to_peeked(self, fn)
             return self
 
@@ -298,11 +305,16 @@ def _with_received(layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         setattr(dummy, _MARK, received)
     else:
         received = getattr(dummy, _MARK, None)
+    if role.running.with_gradients and not torch.is_grad_enabled():
+        raise PipelineConfigError(
+            f"a {type(layer).__name__} of a pipeline stage runs without gradients within a forward "
+            f"with them, as reentrant checkpointing (use_reentrant=True) around a layer does: its "
+            f"gradients would be lost. Use use_reentrant=False (NO_REENTRANT)."
+        )
     if received is None:
         raise RuntimeError(
             f"a {type(layer).__name__} of a pipeline stage was called outside of the stage's "
-            f"forward: reentrant checkpointing (use_reentrant=True) around a stage's layer does "
-            f"that; use use_reentrant=False."
+            f"forward, which has what the previous stage sent: call the stage itself."
         )
     call: Any = (args, dict(kwargs))
     for position, path in role.injections:
@@ -318,15 +330,17 @@ def get_at(value: Any, path: Path) -> Any:
 
 
 def set_at(value: Any, path: Path, new: Any) -> Any:
-    """``value`` with ``new`` at ``path``: tuples are rebuilt, lists and mappings written in place,
-    so that a container that the model shares between layers stays shared.
+    """``value`` with ``new`` at ``path``.
+
+    Tuples are rebuilt, lists and mappings written in place, so that a container that the model
+    shares between layers stays shared.
     """
     if not path:
         return new
     step, rest = path[0], path[1:]
     if isinstance(step, Key):
         value = {} if value is None else value
-        old = value[step.name] if step.name in value else None
+        old = value.get(step.name, None)
         value[step.name] = set_at(old, rest, new)
         return value
     items = list(value) if value is not None else []
@@ -345,14 +359,19 @@ class _OwnGradient(torch.autograd.Function):
     """Identity whose gradient is contiguous: sends refuse other layouts."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+    def forward(_ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
         """Give the tensor itself."""
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(_ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         """Give the gradient in a layout that can be sent."""
         return gradient.contiguous()
+
+
+def _own_gradient(tensor: torch.Tensor) -> torch.Tensor:
+    same: torch.Tensor = _OwnGradient.apply(tensor)  # type: ignore[no-untyped-call]
+    return same
 
 
 def _stage_class(base: type[nn.Module]) -> type[nn.Module]:
@@ -370,7 +389,11 @@ def _run_stage(
     running: _Running = stage.__dict__["_hfpp_running"]
     ids_name: str = stage.__dict__["_hfpp_ids_name"]
     for name, value in stage.__dict__["_hfpp_constants"].items():
-        kwargs.setdefault(name, value)
+        if kwargs.setdefault(name, value) != value:
+            raise PipelineConfigError(
+                f"{name}={kwargs[name]!r} cannot be passed to a pipeline stage, which runs with "
+                f"{name}={value!r}: leave it out."
+            )
     if boundary.is_first:
         ids = args[0] if args else kwargs.get(ids_name)
     else:
@@ -381,17 +404,18 @@ def _run_stage(
                 f"tensors from the stage before, got {len(args)}."
             )
         _move_stand_ins(stage, args[0].device)
-        received = tuple(_OwnGradient.apply(x) if x.requires_grad else x for x in args)
+        received = tuple(_own_gradient(x) if x.requires_grad else x for x in args)
         ids = kwargs.pop(ids_name, None)
         if ids is None:
             ids = _ids_for(boundary, received)
         args, running.received = (ids,), received
+        running.with_gradients = torch.is_grad_enabled()
     try:
         result = own_forward(*args, **kwargs)
     except _CutReached:
         return _outgoing(boundary, running, ids)
     finally:
-        running.received, running.captured = None, {}
+        running.received, running.captured, running.with_gradients = None, {}, False
     if not boundary.is_last:
         raise RuntimeError(
             f"the forward of stage {boundary.stage_index} ended before its cut (layer "

@@ -12,6 +12,7 @@ from torch import nn
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.tensor_shapes import hidden_and_vocab_size
 from hfpp.runtime import torch_compat as compat
+from hfpp.runtime.stage_module import boundary_of
 
 if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage
@@ -31,19 +32,8 @@ def precompute_stage_shapes(
     tensor_dtype: torch.dtype | None = None,
 ) -> int:
     """Gives local stages their shapes: see `hfpp.functional._precompute_stage_shapes`."""
-    _check_size("microbatch_size", microbatch_size)
-    _check_size("seq_len", seq_len)
-    tokens = [0]
-    for stage in stages:
-        inputs, outputs = _metas(stage, model_config, microbatch_size, seq_len, tensor_dtype)
-        if not compat.set_static_metadata(stage, inputs, outputs):
-            logger.info(
-                "torch %s takes no static shapes: they are inferred on the first step",
-                torch.__version__,
-            )
-            return microbatch_size * seq_len
-        tokens.append(_token_count(outputs[0]))
-    return max(tokens)
+    metas = _all_metas(stages, model_config, microbatch_size, seq_len, tensor_dtype)
+    return _apply(stages, metas, microbatch_size * seq_len)
 
 
 def reset_pp_stage_shapes(
@@ -54,11 +44,41 @@ def reset_pp_stage_shapes(
     seq_len: int,
     tensor_dtype: torch.dtype | None = None,
 ) -> int:
-    """Readies schedule and stages for another length: see `hfpp.functional.reset_pp_stage_shapes`."""
+    """Readies a schedule for another length: see `hfpp.functional.reset_pp_stage_shapes`."""
+    # First what can fail: an error leaves the schedule as it was.
+    metas = _all_metas(stages, model_config, microbatch_size, seq_len, tensor_dtype)
     for stage in stages:
         compat.forget_infrastructure(stage)
     compat.forget_initialization(schedule)
-    return precompute_stage_shapes(stages, model_config, microbatch_size, seq_len, tensor_dtype)
+    return _apply(stages, metas, microbatch_size * seq_len)
+
+
+def _all_metas(
+    stages: Sequence[PipelineStage],
+    model_config: Any,
+    microbatch_size: int,
+    seq_len: int,
+    tensor_dtype: torch.dtype | None,
+) -> list[tuple[_Tensors, _Tensors]]:
+    _check_size("microbatch_size", microbatch_size)
+    _check_size("seq_len", seq_len)
+    return [_metas(stage, model_config, microbatch_size, seq_len, tensor_dtype) for stage in stages]
+
+
+def _apply(
+    stages: Sequence[PipelineStage], metas: list[tuple[_Tensors, _Tensors]], batch_tokens: int
+) -> int:
+    """Tells each stage its shapes; returns the largest token count of their primary outputs."""
+    tokens = []
+    for stage, (inputs, outputs) in zip(stages, metas, strict=True):
+        if not compat.set_static_metadata(stage, inputs, outputs):
+            logger.info(
+                "torch %s takes no static shapes: they are inferred on the first step",
+                torch.__version__,
+            )
+            return batch_tokens
+        tokens.append(_token_count(outputs[0]))
+    return max(tokens, default=batch_tokens)
 
 
 def _metas(
@@ -69,9 +89,6 @@ def _metas(
     tensor_dtype: torch.dtype | None,
 ) -> tuple[_Tensors, _Tensors]:
     """A stage's inputs and outputs: from its boundary, its model's hook, or the usual shapes."""
-    # The lead's stage modules may not be importable where only plain modules are used.
-    from hfpp.runtime.stage_module import boundary_of
-
     module = stage.submod
     boundary = boundary_of(module) if isinstance(module, nn.Module) else None
     if boundary is not None:
@@ -144,7 +161,7 @@ def _on_meta(tensors: torch.Tensor | Iterable[torch.Tensor], *, differentiable: 
 
 def _token_count(output: torch.Tensor) -> int:
     """Tokens in a primary output: ``[tokens, hidden]`` or ``[microbatch, seq, …]``."""
-    return output.shape[0] if output.dim() == 2 else output.shape[0] * output.shape[1]
+    return output.shape[0] if output.dim() <= 2 else output.shape[0] * output.shape[1]
 
 
 def _check_size(name: str, value: int) -> None:

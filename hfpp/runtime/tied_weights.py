@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
 
 from hfpp.errors import PipelineConfigError
-from hfpp.runtime.stage_module import StageBoundary, boundary_of
+from hfpp.runtime.stage_module import boundary_of
+
+if TYPE_CHECKING:
+    from torch.distributed.pipelining import PipelineStage
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,76 +35,140 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class _Tie:
+    name: str  # the owner's
+    stages: tuple[int, ...]  # all holders, the owner first
+    ranks: tuple[int, ...]  # theirs, of the pipeline's group
     places: tuple[_Place, ...]  # this rank's, one per stage
-    group: dist.ProcessGroup | None  # None: all holders are on this rank
 
 
 class TiedGradients:
     """Sums the gradients of tied parameters over the stages that hold them.
 
-    One step's gradients are summed before they are added to what earlier steps accumulated: a sum
-    over everything would count the earlier steps once per holder.
+    The holders send their gradients to the owner's rank, which adds them up and sends the sum back:
+    all copies get the same bits. One step's gradients are summed before they are added to what
+    earlier steps accumulated: a sum over everything would count earlier steps once per holder.
 
     Args:
-        stages: this rank's stages, after any wrapping. Every rank must come here: the ranks that
-            share a tensor make a process group.
+        stages: this rank's stages, after any wrapping. Every rank must come here: holders agree on
+            which tensors are trained.
+
+    Raises:
+        PipelineConfigError: on every holder, if one trains its copy and another does not.
     """
 
     def __init__(self, stages: Sequence[PipelineStage]) -> None:
-        self._ties: list[_Tie] = []
         boundaries = [(stage, boundary_of(stage.submod)) for stage in stages]
-        local = {b.stage_index: (stage, b) for stage, b in boundaries if b is not None}
-        if not local:
-            return
-        boundary = next(iter(local.values()))[1]
-        ranks = stages[0].stage_index_to_group_rank
-        groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
-        for tied in boundary.tied:
+        local = {b.stage_index: stage for stage, b in boundaries if b is not None}
+        tied = next((b.tied for _, b in boundaries if b is not None), ())
+        rank_of = stages[0].stage_index_to_group_rank
+        self._group = stages[0].group
+        self._rank = stages[0].group_rank
+        self._device = stages[0].device
+        self._ties: list[_Tie] = []
+        self._frozen: list[_Tie] = []
+        for parameter in tied:
             places = tuple(
-                _place_of(local[stage][0].submod, names[0])
-                for stage, names in tied.names
+                _place_of(local[stage].submod, names[0])
+                for stage, names in parameter.names
                 if stage in local
             )
-            if not places:
-                continue
-            holders = tuple(sorted({ranks[stage] for stage in tied.stages}))
-            if holders not in groups:
-                groups[holders] = _group_of(holders, boundary)
-            if _any_trains(places, groups[holders]):
-                self._ties.append(_Tie(places, groups[holders]))
+            if places:
+                ranks = tuple(dict.fromkeys(rank_of[stage] for stage in parameter.stages))
+                name = parameter.names[0][1][0]
+                self._ties.append(_Tie(name, parameter.stages, ranks, places))
+        self._set_frozen_aside()
 
     def __bool__(self) -> bool:
-        return bool(self._ties)
+        return bool(self._ties or self._frozen)
+
+    def _set_frozen_aside(self) -> None:
+        """Leave out what no holder trains; all holders count the same."""
+        mine = [
+            torch.tensor([sum(p.parameter.requires_grad for p in tie.places)], device=self._device)
+            for tie in self._ties
+        ]
+        ties = list(zip(self._ties, self._sum_over_ranks(mine), strict=True))
+        for tie, trained in ties:
+            if 0 < int(trained) < len(tie.stages):
+                raise PipelineConfigError(
+                    f"{tie.name} is one tensor of the model that stages {list(tie.stages)} hold, "
+                    f"but only {int(trained)} of them train it (requires_grad), and the copies "
+                    f"would drift apart: freeze it on all of them or on none."
+                )
+        self._ties = [tie for tie, trained in ties if int(trained)]
+        self._frozen = [tie for tie, trained in ties if not int(trained)]
 
     @contextmanager
     def around_step(self) -> Iterator[None]:
         """Around one step of the schedule: afterwards every holder has the summed gradient."""
+        for tie in self._frozen:
+            if any(place.parameter.requires_grad for place in tie.places):
+                raise PipelineConfigError(
+                    f"{tie.name}, which stages {list(tie.stages)} hold, was frozen when the "
+                    f"pipeline was made and is trained now, so its gradients would not be summed: "
+                    f"set requires_grad before pipeline_model."
+                )
         earlier = [[place.parameter.grad for place in tie.places] for tie in self._ties]
         for tie in self._ties:
             for place in tie.places:
                 place.parameter.grad = None
         yield
-        for tie, before in zip(self._ties, earlier, strict=True):
-            _sum(tie, before)
+        totals = self._sum_over_ranks([_fresh_gradient(tie) for tie in self._ties])
+        for tie, total, before in zip(self._ties, totals, earlier, strict=True):
+            for place, old in zip(tie.places, before, strict=True):
+                _store(place.parameter, total, old)
+
+    def _sum_over_ranks(self, values: list[Tensor]) -> list[Tensor]:
+        """The sums of ``values``, one per tie, over each tie's ranks."""
+        received: list[list[Tensor]] = []
+        ops: list[dist.P2POp] = []
+        for tie, value in zip(self._ties, values, strict=True):
+            others = tie.ranks[1:] if self._rank == tie.ranks[0] else ()
+            received.append([torch.empty_like(value) for _ in others])
+            ops += [self._op(dist.irecv, t, r) for t, r in zip(received[-1], others, strict=True)]
+            if self._rank in tie.ranks[1:]:
+                ops.append(self._op(dist.isend, value, tie.ranks[0]))
+        _run(ops)
+        ops = []
+        for tie, value, parts in zip(self._ties, values, received, strict=True):
+            for part in parts:
+                value += part
+            if self._rank == tie.ranks[0]:
+                ops += [self._op(dist.isend, value, rank) for rank in tie.ranks[1:]]
+            else:
+                ops.append(self._op(dist.irecv, value, tie.ranks[0]))
+        _run(ops)
+        return values
+
+    def _op(self, kind: object, tensor: Tensor, rank: int) -> dist.P2POp:
+        group = self._group or dist.distributed_c10d._get_default_group()
+        return dist.P2POp(kind, tensor, dist.get_global_rank(group, rank), group)  # type: ignore[arg-type]
 
 
-def _sum(tie: _Tie, earlier: list[Tensor | None]) -> None:
+def _run(ops: list[dist.P2POp]) -> None:
+    for work in dist.batch_isend_irecv(ops) if ops else ():
+        work.wait()
+
+
+def _fresh_gradient(tie: _Tie) -> Tensor:
     parameters = [place.parameter for place in tie.places]
-    total = torch.zeros_like(_local(parameters[0].detach()))
+    total = torch.zeros_like(_local(parameters[0].detach()), memory_format=torch.contiguous_format)
     for parameter in parameters:
         if parameter.grad is not None:
             total += _local(parameter.grad)
-    if tie.group is not None:
-        dist.all_reduce(total, group=tie.group)
-    for parameter, before in zip(parameters, earlier, strict=True):
-        if not parameter.requires_grad:
-            continue
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        with torch.no_grad():
-            _local(parameter.grad).copy_(total)
-            if before is not None:
-                _local(parameter.grad).add_(_local(before))
+    return total
+
+
+@torch.no_grad()
+def _store(parameter: nn.Parameter, total: Tensor, earlier: Tensor | None) -> None:
+    if not parameter.requires_grad:
+        return
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    gradient = _local(parameter.grad)
+    gradient.copy_(total)
+    if earlier is not None:
+        gradient.add_(_local(earlier))
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -110,41 +177,22 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _place_of(module: nn.Module, name: str) -> _Place:
     """The module that registers ``name`` below ``module``, looking through wrappers."""
-    owner = module
     *path, own_name = name.split(".")
+    owner = _unwrapped(module)
     for step in path:
-        owner = _unwrapped(owner)._modules[step]  # type: ignore[assignment]
-    return _Place(_unwrapped(owner), own_name)
+        child = owner._modules[step]
+        assert child is not None
+        owner = _unwrapped(child)
+    return _Place(owner, own_name)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    for wrapper in ("_checkpoint_wrapped_module", "_orig_mod"):
-        while wrapper in module._modules:
-            module = module._modules[wrapper]  # type: ignore[assignment]
-    if isinstance(module, nn.parallel.DistributedDataParallel):
-        return _unwrapped(module.module)
-    return module
-
-
-def _group_of(holders: tuple[int, ...], boundary: StageBoundary) -> dist.ProcessGroup | None:
-    if len(holders) == 1:
-        return None
-    if boundary.pp_group is None:
-        raise PipelineConfigError(
-            "the stages share a tensor (tied weights) but were split without a process group: "
-            "split them with split_model_into_stages or pipeline_model."
+    while True:
+        inner = module._modules.get("_checkpoint_wrapped_module") or module._modules.get(
+            "_orig_mod"
         )
-    members = [dist.get_global_rank(boundary.pp_group, rank) for rank in holders]
-    group: dist.ProcessGroup = dist.new_group(members, use_local_synchronization=True)
-    return group
-
-
-def _any_trains(places: tuple[_Place, ...], group: dist.ProcessGroup | None) -> bool:
-    """Whether any holder trains the tensor: frozen ones are left out, by agreement."""
-    trains = any(place.parameter.requires_grad for place in places)
-    if group is None:
-        return trains
-    device = places[0].parameter.device
-    flag = torch.tensor(int(trains), device="cpu" if device.type == "meta" else device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-    return bool(flag.item())
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            inner = module.module
+        if inner is None:
+            return module
+        module = inner

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -53,8 +54,8 @@ __all__ = [
     "send",
     "set_static_metadata",
     "split_batch",
+    "splits_backward",
     "undisturbed",
-    "undisturbed_unless_initialized",
 ]
 
 TorchSchedule = _schedules._PipelineSchedule
@@ -151,6 +152,20 @@ def _supplemented(table: ScheduleTable, rank: int) -> Iterator[Action]:
     yield from (Action(stage, ActionKind.RESHARD) for stage in unshard)
 
 
+def splits_backward(schedule: TorchSchedule) -> bool:
+    """Whether a schedule computes the gradients of weights in actions of their own."""
+    rows = getattr(schedule, "pipeline_order_with_comms", None)
+    rows = rows or getattr(schedule, "pipeline_order", None) or {}
+    kind = _schedules._ComputationType.BACKWARD_WEIGHT
+    return any(
+        leaf.computation_type is kind
+        for row in rows.values()
+        for action in row
+        if action is not None
+        for leaf in (action, *(getattr(action, "sub_actions", None) or ()))
+    )
+
+
 def local_stages(schedule: TorchSchedule) -> list[PipelineStage]:
     """The stages that a schedule runs on this rank, in ascending order."""
     if isinstance(schedule, PipelineScheduleSingle):
@@ -212,7 +227,8 @@ def undisturbed(stages: Sequence[PipelineStage]) -> Iterator[None]:
         for buffer in stage.submod.buffers()
     ]
     try:
-        yield
+        with _no_messages_to_self(stages):
+            yield
     finally:
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
@@ -222,13 +238,24 @@ def undisturbed(stages: Sequence[PipelineStage]) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed_unless_initialized(schedule: TorchSchedule) -> Iterator[None]:
-    """`undisturbed` where torch is about to make the schedule's stages ready, else nothing."""
-    if is_initialized(schedule):
+def _no_messages_to_self(stages: Sequence[PipelineStage]) -> Iterator[None]:
+    """Keeps torch 2.11 from greeting neighbouring stages that live on the same rank.
+
+    gloo cannot send to itself: without this, V schedules and pipelines of size 1 fail on the CPU.
+    """
+
+    def others(stage: PipelineStage, greet: Callable[[], list[Any]]) -> list[Any]:
+        return [op for op in greet() if op.group_peer != stage.group_rank]
+
+    name = "_get_init_p2p_neighbors_ops"
+    changed = [stage for stage in stages if hasattr(stage, name)]
+    for stage in changed:
+        setattr(stage, name, partial(others, stage, getattr(stage, name)))
+    try:
         yield
-    else:
-        with undisturbed(local_stages(schedule)):
-            yield
+    finally:
+        for stage in changed:
+            delattr(stage, name)
 
 
 # Stages: what torch knows of their boundaries
@@ -280,6 +307,9 @@ _INFRASTRUCTURE: Mapping[str, Callable[[Any], Any]] = {
 }
 """What stages make on the first step and keep, with what stands there before."""
 
+_INFERRED_IN_PLACE = ("inputs_meta", "_outputs_meta")
+"""torch 2.11 writes inferred shapes where given ones stand."""
+
 _RUN_STATE = (
     "fwd_cache",
     "_forward_chunk_states",
@@ -298,15 +328,24 @@ def forget_infrastructure(stage: object) -> None:
     for name in _RUN_STATE:
         if hasattr(stage, name):
             getattr(stage, name).clear()
-    for name in ("inputs_meta", "_outputs_meta"):
+    _forget_inferred(stage)
+
+
+def _forget_inferred(stage: object) -> None:
+    for name in _INFERRED_IN_PLACE:
         if hasattr(stage, name):
             setattr(stage, name, None)
 
 
 @contextmanager
-def other_infrastructure(schedule: TorchSchedule) -> Iterator[None]:
-    """Within it the schedule's stages are as before their first step; after it as they were."""
-    kept = (*_INFRASTRUCTURE, "inputs_meta", "_outputs_meta", "chunks")
+def other_infrastructure(schedule: TorchSchedule, *, infer: bool) -> Iterator[None]:
+    """Within it the schedule's stages are as before their first step; after it as they were.
+
+    Args:
+        schedule: whose stages.
+        infer: whether shapes that torch inferred before are to be inferred anew.
+    """
+    kept = (*_INFRASTRUCTURE, *_INFERRED_IN_PLACE, "chunks")
     stages = local_stages(schedule)
     before = [{n: getattr(stage, n) for n in kept if hasattr(stage, n)} for stage in stages]
     flags = {name: getattr(schedule, name) for name in _FLAGS if hasattr(schedule, name)}
@@ -314,6 +353,8 @@ def other_infrastructure(schedule: TorchSchedule) -> Iterator[None]:
         for name, fresh in _INFRASTRUCTURE.items():
             if hasattr(stage, name):
                 setattr(stage, name, fresh(getattr(stage, name)))
+        if infer:
+            _forget_inferred(stage)
     forget_initialization(schedule)
     try:
         yield

@@ -110,7 +110,7 @@ class Graph:
         return len(self.kinds)
 
     def reach(self, outputs: Iterable[int], stops: Iterable[int]) -> set[int]:
-        """All nodes that ``outputs`` were made from, not looking beyond (nor including) ``stops``."""
+        """All nodes that ``outputs`` were made from, neither ``stops`` nor what lies beyond."""
         seen: set[int] = set()
         barred = set(stops)
         stack = [node for node in outputs if node not in barred]
@@ -145,7 +145,7 @@ class Value:
         return self.dtype.is_floating_point or self.dtype.is_complex
 
 
-class HollowRun(TorchDispatchMode):
+class HollowRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The dispatch mode of a hollow run; ``graph`` and ``reads`` are its record.
 
     Args:
@@ -153,7 +153,7 @@ class HollowRun(TorchDispatchMode):
     """
 
     def __init__(self, named_leaves: Iterable[tuple[str, str, torch.Tensor]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = Graph()
         self.current_call = -1
         self.reads: list[tuple[int, int]] = []  # (node whose value Python read, call)
@@ -191,9 +191,7 @@ class HollowRun(TorchDispatchMode):
     def _is_hollow(self, tensor: torch.Tensor) -> bool:
         return tensor.device.type == "meta" or _storage_key(tensor) in self._unknown
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Execute one operator and record it."""
         kwargs = kwargs or {}
         packet = func.overloadpacket
@@ -349,15 +347,11 @@ class HollowRun(TorchDispatchMode):
         return torch.zeros(out.shape, dtype=out.dtype)
 
 
-def _empty(
-    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
-) -> torch.Tensor:
+def _empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_strided(shape, stride, dtype=dtype, device=_META)
 
 
-def _run_real(
-    func: Any, packet: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]
-) -> Any:
+def _run_real(func: Any, packet: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> Any:
     device = kwargs.get("device")
     if device is not None and torch.device(device).type != "cpu":
         kwargs = {**kwargs, "device": _CPU}
@@ -400,34 +394,32 @@ def _cache_key(func: Any, args: Any, kwargs: Any) -> Any:
     return key
 
 
-def _item(args: Any, tensors: list[torch.Tensor]) -> Any:
+def _item(_args: Any, tensors: list[torch.Tensor]) -> Any:
     dtype = tensors[0].dtype
     return False if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
 
 
-def _grouped_mm(args: Any, tensors: list[torch.Tensor]) -> torch.Tensor:
+def _grouped_mm(args: Any, _tensors: list[torch.Tensor]) -> torch.Tensor:
     left, right = args[0], args[1]
     rows = left.shape[:-1] if left.dim() == 2 else (left.shape[0], left.shape[1])
     return torch.empty((*rows, right.shape[-1]), dtype=left.dtype, device=_META)
 
 
-def _masked_select(args: Any, tensors: list[torch.Tensor]) -> torch.Tensor:
+def _masked_select(args: Any, _tensors: list[torch.Tensor]) -> torch.Tensor:
     source, mask = args[0], args[1]
-    shape = torch.broadcast_shapes(mask.shape, source.shape)
+    shape = torch.broadcast_shapes(mask.shape, source.shape)  # type: ignore[no-untyped-call]
     count = mask.expand(shape).sum() if mask.device.type != "meta" else torch.Size(shape).numel()
     return torch.empty((int(count),), dtype=source.dtype, device=_META)
 
 
 _SPECIAL: Mapping[Any, Callable[[Any, list[torch.Tensor]], Any]] = {
     aten._local_scalar_dense: _item,
-    aten.equal: lambda args, tensors: False,
-    aten._assert_async: lambda args, tensors: None,
-    aten._assert_scalar: lambda args, tensors: None,
+    aten.equal: lambda _args, _tensors: False,
+    aten._assert_async: lambda _args, _tensors: None,
+    aten._assert_scalar: lambda _args, _tensors: None,
     aten._grouped_mm: _grouped_mm,
     aten.masked_select: _masked_select,
-    aten.nonzero: lambda args, tensors: torch.ones(
-        tensors[0].shape, dtype=torch.bool
-    ).nonzero(),
+    aten.nonzero: lambda _args, tensors: torch.ones(tensors[0].shape, dtype=torch.bool).nonzero(),
 }
 
 
@@ -465,7 +457,8 @@ def run_hollow(
         inputs: real CPU tensors by argument name.
         constants: other keyword arguments.
     """
-    leaves = [("param", n, p) for n, p in skeleton.named_parameters()]
+    leaves: list[tuple[str, str, torch.Tensor]] = []
+    leaves += [("param", n, p) for n, p in skeleton.named_parameters()]
     leaves += [("buffer", n, b) for n, b in skeleton.named_buffers()]
     leaves += [("input", n, t) for n, t in inputs.items()]
     run = HollowRun(leaves)
@@ -479,7 +472,7 @@ def run_hollow(
                 children[id(child)].append((name, index, child))
 
     def before(list_name: str, index: int) -> Any:
-        def hook(module: Any, args: Any, kwargs: Any) -> None:
+        def hook(_module: Any, args: Any, kwargs: Any) -> None:
             values = [run.value_of(path, t) for path, t in walk_tensors((args, kwargs))]
             calls.append(Call(list_name, index, run.current_call, len(run.graph), values))
             open_calls.append(len(calls) - 1)
@@ -487,7 +480,7 @@ def run_hollow(
 
         return hook
 
-    def after(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def after(_module: Any, _args: Any, _kwargs: Any, output: Any) -> None:
         call = calls[open_calls.pop()]
         run.current_call = open_calls[-1] if open_calls else -1
         call.output = output

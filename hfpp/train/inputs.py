@@ -123,8 +123,8 @@ def read_text(path: Path | None) -> tuple[str, str]:
         ) from None
     except UnicodeDecodeError as error:
         raise OptionError(
-            f"--text ({path}) is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}): "
-            "convert it, for example with iconv -t utf-8."
+            f"--text ({path}) is not UTF-8 (byte {error.start} is "
+            f"{error.object[error.start]:#04x}): convert it, for example with iconv -t utf-8."
         ) from None
     if not text:
         raise OptionError(f"--text ({path}) is empty: give a file with text.")
@@ -163,7 +163,7 @@ def _tokenize(text: str, options: TrainOptions, vocab_size: int | None) -> array
         tokens = array("i", tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         kind = "its tokenizer"
     else:
-        tokens, kind = array("i", text.encode()), "bytes, as the folder has no tokenizer"
+        tokens, kind = array("i", iter(text.encode())), "bytes, as the folder has no tokenizer"
     largest = max(tokens, default=0)
     if vocab_size is not None and largest >= vocab_size:
         raise OptionError(

@@ -13,7 +13,8 @@ from hfpp.train.inputs import prepare_inputs
 from hfpp.train.output import RunFolder
 from hfpp.train.processes import available_cores, ended_by_signals, run_processes
 from hfpp.train.report import Reporter
-from hfpp.train.verify import TOLERANCES, compare_curves, reference_run
+from hfpp.train.torchrun import TorchrunRank
+from hfpp.train.verify import compare_runs, reference_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
     from hfpp.train.options import TrainOptions
 
 __all__ = ["run_training"]
+
+# What the processes of a run import: seconds for each of them, so it is done once for all.
+_PRELOADED = (
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+    "torch.distributed.tensor",
+    "transformers.models.llama.modeling_llama",
+    "hfpp.train.ranks",
+)
 
 
 def run_training(options: TrainOptions) -> None:
@@ -36,10 +46,11 @@ def run_training(options: TrainOptions) -> None:
         PipelineConfigError: a configuration that cannot work.
         TrainingError: a rank failed, or the curves of `--verify` differ.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        _as_torchrun_rank(options)
-    else:
+    rank = TorchrunRank.from_environment()
+    if rank is None:
         _in_local_processes(options)
+    else:
+        _as_torchrun_rank(options, rank)
 
 
 def _in_local_processes(options: TrainOptions) -> None:
@@ -57,7 +68,12 @@ def _in_local_processes(options: TrainOptions) -> None:
         )
         with Reporter(options, inputs, folder) as reporter:
             run_processes(
-                work, options.pp, name="rank", on_event=reporter.handle, log_folder=folder.logs
+                work,
+                options.pp,
+                name="rank",
+                on_event=reporter.handle,
+                log_folder=folder.logs,
+                preload=_PRELOADED,
             )
             _conclude(options, inputs, folder, reporter, device="cpu")
 
@@ -77,23 +93,22 @@ def _train_as_local_rank(
     train_as_local_rank(options, inputs, report, rank=index, store=store, threads=threads)
 
 
-def _as_torchrun_rank(options: TrainOptions) -> None:
-    from hfpp.train.ranks import TorchrunRank
-
-    rank = TorchrunRank.from_environment()
+def _as_torchrun_rank(options: TrainOptions, rank: TorchrunRank) -> None:
     rank.check(options)
     folder = RunFolder(options.out)
     if rank.rank == 0:
         folder.check(force=options.force)
     with tempfile.TemporaryDirectory(prefix="hfpp-train-") as scratch:
         inputs = prepare_inputs(options, Path(scratch))
+        from hfpp.train.ranks import train_as_torchrun_rank
+
         if rank.rank != 0:
-            rank.train(options, inputs, lambda _: None)
+            train_as_torchrun_rank(options, inputs, lambda _: None, rank=rank)
             return
         folder.create()
         with Reporter(options, inputs, folder) as reporter:
-            rank.train(options, inputs, reporter.handle)
-            _conclude(options, inputs, folder, reporter, device=str(rank.device))
+            device = train_as_torchrun_rank(options, inputs, reporter.handle, rank=rank)
+            _conclude(options, inputs, folder, reporter, device=str(device))
 
 
 def _conclude(
@@ -114,17 +129,18 @@ def _conclude(
         name="plain model",
         on_event=reporter.handle_reference,
         log_folder=folder.logs,
+        preload=_PRELOADED,
     )
-    verdict = compare_curves(
-        reporter.losses, reporter.reference_losses, tolerance=TOLERANCES[options.dtype]
-    )
-    reporter.finish(verdict)
-    if not verdict.holds:
-        raise TrainingError(
-            f"--verify: the pipeline's loss differs from the plain model's by "
-            f"{verdict.largest_difference:.2e} (relative, step {verdict.step}); it must stay below "
-            f"{verdict.tolerance:.0e}. Both curves are in {folder.summary} and {folder.metrics}."
-        )
+    verdicts = compare_runs(reporter.steps, reporter.reference_steps, options.dtype)
+    reporter.finish(verdicts)
+    for verdict in verdicts:
+        if not verdict.holds:
+            raise TrainingError(
+                f"--verify: the pipeline's {verdict.curve} differs from the plain model's by "
+                f"{verdict.largest_difference:.2e} (relative, step {verdict.step}); it must stay "
+                f"below {verdict.tolerance:.0e}. The curves are in {folder.metrics} and "
+                f"{folder.summary}."
+            )
 
 
 def _threads_per_rank(ranks: int) -> int:

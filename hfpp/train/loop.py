@@ -105,20 +105,26 @@ def _build(
     return _Rank(pipeline, optimizer, warmup, mesh, device)
 
 
-def _shard(part: nn.Module, world_mesh: DeviceMesh, *_: Any, **__: Any) -> nn.Module:
+def _shard(
+    model: nn.Module,
+    world_mesh: DeviceMesh,
+    moe_mesh: DeviceMesh | None,  # noqa: ARG001
+    **_axes: Any,
+) -> None:
     """Shards one stage over its replicas: each of its own layers, and the rest as one."""
-    for layer in _own_layers(part):
+    for layer in _own_layers(model):
         fully_shard(layer, mesh=world_mesh[DP], reshard_after_forward=False)
-    return fully_shard(part, mesh=world_mesh[DP], reshard_after_forward=False)
+    fully_shard(model, mesh=world_mesh[DP], reshard_after_forward=False)
 
 
 def _own_layers(part: nn.Module) -> list[nn.Module]:
     """The layers of this stage: those that have weights, of the heaviest list in the model."""
-    lists = [module for module in part.modules() if isinstance(module, torch.nn.ModuleList)]
-    heaviest = max(
-        lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=[]
-    )
-    return [layer for layer in heaviest if any(True for _ in layer.parameters())]
+    lists = [list(module) for module in part.modules() if isinstance(module, torch.nn.ModuleList)]
+    return [layer for layer in max(lists, key=_weight, default=[]) if _weight([layer])]
+
+
+def _weight(modules: list[nn.Module]) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 def _steps(options: TrainOptions, rank: _Rank, batches: Batches) -> Iterator[StepMetrics]:
@@ -130,7 +136,7 @@ def _steps(options: TrainOptions, rank: _Rank, batches: Batches) -> Iterator[Ste
         ids = batches[step].to(rank.device)
         losses: list[Tensor] = []
         arguments = (ids,) if pipeline.has_first_stage else ()
-        ends = {"target": ids, "losses": losses} if pipeline.has_last_stage else {}
+        ends: dict[str, Any] = {"target": ids, "losses": losses} if pipeline.has_last_stage else {}
         pipeline.schedule.step(*arguments, **ends)
         norm = clip_grad_norm_(pipeline.model_parts, max_norm)
         rank.optimizer.step()
@@ -172,7 +178,8 @@ def _run_shape(options: TrainOptions, rank: _Rank) -> RunShape:
             StageRow(
                 stage=boundary.stage_index,
                 ranks=(dist.get_rank(),),
-                layers=boundary.layers,
+                # A pipeline's only stage is the model itself, in which no layers were looked for.
+                layers=boundary.layers or range(len(_own_layers(part))),
                 parameters=sum(p.numel() for p in parameters),
                 bytes=sum(p.numel() * p.element_size() for p in parameters),
             )

@@ -24,7 +24,7 @@ def build_model(options: TrainOptions, inputs: RunInputs) -> nn.Module:
     dtype = getattr(torch, options.dtype)
     torch.manual_seed(options.seed)
     if inputs.weights_folder is None:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     else:
         model = AutoModelForCausalLM.from_pretrained(
             inputs.weights_folder, config=config, dtype=dtype, use_safetensors=True

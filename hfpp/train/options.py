@@ -56,7 +56,7 @@ class TrainOptions:
     microbatch_size: int = 2
     batch_size: int = 16
     seq_len: int = 128
-    steps: int = 120
+    steps: int = 100
     lr: float = 1e-3
     warmup_steps: int = 20
     dtype: RunDtype = RunDtype.FLOAT32
@@ -138,10 +138,10 @@ class TrainOptions:
                 f"({self.microbatch_size}) times the {replicas} data-parallel pipelines: use "
                 f"--batch-size {-(-self.batch_size // share) * share}."
             )
-        count = self.n_microbatches(replicas)
+        spec, count = self.schedule_spec, self.n_microbatches(replicas)
         try:
             check_microbatches(
-                self.schedule_spec,
+                spec,
                 pp_size=self.pp,
                 num_stages=self.num_stages,
                 n_microbatches=count,

@@ -104,7 +104,6 @@ class RunFolder:
 
     def draw_loss(self, losses: Sequence[float], reference: Sequence[float] | None) -> None:
         """Draws the loss curve, and the plain model's over it where there is one."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
@@ -117,7 +116,7 @@ class RunFolder:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
-        FigureCanvasAgg(figure).print_png(str(self.loss_picture))
+        figure.savefig(self.loss_picture)  # a figure without a window draws with Agg
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes what the run was and how it ended."""

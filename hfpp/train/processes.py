@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -21,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from hfpp.errors import PipelineConfigError
 from hfpp.train.errors import TrainingError
+from hfpp.train.lifetimes import end_with_parent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from multiprocessing.process import BaseProcess
 
     Report = Callable[[Any], None]
@@ -31,16 +31,10 @@ if TYPE_CHECKING:
 
 __all__ = ["available_cores", "ended_by_signals", "run_processes"]
 
-# Imported once, by the server that the processes are forked from: seconds for each of them.
-_PRELOADED = (
-    "torch.distributed.fsdp",
-    "torch.distributed.pipelining",
-    "torch.distributed.tensor",
-    "transformers.models.llama.modeling_llama",
-    "hfpp.train.ranks",
-)
+# Threads that spin while they wait take the cores of the other ranks: on a busy machine a step with
+# two of them took six times as long.
+_CHILD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 _GRACE_S = 0.5  # after the first failure: for others to report, so that the cause is found
-_PR_SET_PDEATHSIG = 1
 
 
 class _Kind(Enum):
@@ -64,7 +58,15 @@ class _Child:
     failure: _Failure | None = None
 
 
-def run_processes(work: Work, count: int, *, name: str, on_event: Report, log_folder: Path) -> None:
+def run_processes(
+    work: Work,
+    count: int,
+    *,
+    name: str,
+    on_event: Report,
+    log_folder: Path,
+    preload: Sequence[str] = (),
+) -> None:
     """Runs `work(index, report)` in `count` new processes until all have returned.
 
     What they print goes to `log_folder`, one file each. Whatever ends this function, or this
@@ -76,17 +78,18 @@ def run_processes(work: Work, count: int, *, name: str, on_event: Report, log_fo
         name: what one process is called in messages and log files.
         on_event: called here with every event, in each process's order.
         log_folder: exists.
+        preload: modules to import once, in the server that the processes are forked from. The
+            server lives as long as this process: only the first call's are imported.
 
     Raises:
         TrainingError: a process failed or died. It is the first one's message; a process that died
             goes before those that failed because of that.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOADED))
+    context.set_forkserver_preload(["hfpp.train.fork_server", *preload])
     # The server is started deaf to Ctrl-C, and so are its children: this process ends them.
-    with _interrupts_ignored():
+    with _interrupts_ignored(), _environment(_CHILD_ENVIRONMENT):
         multiprocessing.forkserver.ensure_running()
-    lifeline, lifeline_here = context.Pipe(duplex=False)
     children: list[_Child] = []
     try:
         for index in range(count):
@@ -95,7 +98,7 @@ def run_processes(work: Work, count: int, *, name: str, on_event: Report, log_fo
             title = f"{name} {index} of {count}" if count > 1 else f"the {name}"
             process = context.Process(
                 target=_child_main,
-                args=(work, index, title, log_file, sending, lifeline),
+                args=(work, index, title, log_file, sending),
                 daemon=True,
             )
             process.start()
@@ -104,8 +107,6 @@ def run_processes(work: Work, count: int, *, name: str, on_event: Report, log_fo
         _watch(children, on_event)
     finally:
         with _interrupts_ignored():
-            lifeline_here.close()
-            lifeline.close()
             for child in children:
                 child.process.kill()
             for child in children:
@@ -178,11 +179,9 @@ def _receive(child: _Child) -> tuple[_Kind, Any]:
     return kind, value
 
 
-def _child_main(
-    work: Work, index: int, title: str, log_file: Path, sending: Connection, lifeline: Connection
-) -> None:
+def _child_main(work: Work, index: int, title: str, log_file: Path, sending: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _end_with_parent(lifeline)
+    _watch_parent()
     _print_to(log_file)
     try:
         work(index, lambda event: sending.send((_Kind.EVENT, event)))
@@ -205,18 +204,17 @@ def _child_main(
     os._exit(0)  # nothing is left to clean up, and threads of communication libraries linger
 
 
-def _end_with_parent(lifeline: Connection) -> None:
+def _watch_parent() -> None:
     """Ends this process when the one that asked for it is gone, however that ended."""
-    if sys.platform == "linux":
-        # The server that forked this process ends with its own parent.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()  # with the server that forked it, which ends with the one that asked
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        with suppress(EOFError, OSError):
-            lifeline.recv_bytes()  # nothing is ever sent: this waits for the end of the pipe
+        wait([parent.sentinel])
         os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+    threading.Thread(target=watch, name="end with parent", daemon=True).start()
 
 
 def _print_to(log_file: Path) -> None:
@@ -225,6 +223,18 @@ def _print_to(log_file: Path) -> None:
     with log_file.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+
+
+@contextmanager
+def _environment(defaults: dict[str, str]) -> Iterator[None]:
+    """Within it, the variables are set that the user has not set."""
+    added = [name for name in defaults if name not in os.environ]
+    os.environ.update({name: defaults[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 @contextmanager

@@ -50,10 +50,10 @@ class ReferenceRun:
     device: str
     threads: int
 
-    def __call__(self, _index: int, report: Callable[[float], None]) -> None:
-        """Trains, and reports every step's loss."""
+    def __call__(self, _index: int, report: Callable[[tuple[float, float]], None]) -> None:
+        """Trains, and reports every step's loss and norm of the gradients."""
         import torch
-        import torch.nn.functional as F
+        from torch.nn.functional import cross_entropy
         from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.set_num_threads(self.threads)
@@ -62,7 +62,7 @@ class ReferenceRun:
         dtype = getattr(torch, self.dtype)
         torch.manual_seed(self.seed)
         if self.weights_folder is None:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
         else:
             model = AutoModelForCausalLM.from_pretrained(
                 self.weights_folder, config=config, dtype=dtype, use_safetensors=True
@@ -75,9 +75,11 @@ class ReferenceRun:
             sequences = [list(tokens[start : start + self.seq_len]) for start in starts]
             ids = torch.tensor(sequences, device=self.device)
             logits = model(input_ids=ids, use_cache=False).logits
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), self.max_grad_norm or math.inf)
+            loss = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+            torch.autograd.backward(loss)
+            norm = torch.nn.utils.clip_grad_norm_(
+                model.parameters(), self.max_grad_norm or math.inf
+            )
             optimizer.step()
             optimizer.zero_grad()
-            report(loss.item())
+            report((loss.item(), norm.item()))

@@ -16,6 +16,7 @@ from rich.table import Table
 from hfpp.train.events import RunShape, StepMetrics
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
 
     from rich.progress import TaskID
@@ -35,7 +36,11 @@ class Reporter:
     """Takes a run's events in order; a context manager, as it may draw a progress bar."""
 
     def __init__(
-        self, options: TrainOptions, inputs: RunInputs, folder: RunFolder, console: Console | None
+        self,
+        options: TrainOptions,
+        inputs: RunInputs,
+        folder: RunFolder,
+        console: Console | None = None,
     ) -> None:
         self._options = options
         self._inputs = inputs
@@ -54,7 +59,7 @@ class Reporter:
         self._description = ""
         self._shape: RunShape | None = None
         self._steps: list[StepMetrics] = []
-        self._reference: list[float] = []
+        self._reference: list[tuple[float, float]] = []
 
     def __enter__(self) -> Self:
         """Shows what is about to start."""
@@ -78,13 +83,13 @@ class Reporter:
         self._progress.stop()
 
     @property
-    def losses(self) -> list[float]:
-        """The loss of every step so far, nats per token."""
-        return [metrics.loss for metrics in self._steps]
+    def steps(self) -> list[StepMetrics]:
+        """Every step so far."""
+        return self._steps
 
     @property
-    def reference_losses(self) -> list[float]:
-        """The plain model's."""
+    def reference_steps(self) -> list[tuple[float, float]]:
+        """Every step of the plain model so far: its loss and the norm of its gradients."""
         return self._reference
 
     def handle(self, event: RunShape | StepMetrics) -> None:
@@ -103,16 +108,19 @@ class Reporter:
         """The plain model is about to be trained."""
         self._begin("plain model", total=self._options.steps)
 
-    def handle_reference(self, loss: float) -> None:
-        """Takes one step's loss of the plain model."""
-        self._reference.append(loss)
-        self._advance(len(self._reference), f"loss {loss:.4f}")
+    def handle_reference(self, step: tuple[float, float]) -> None:
+        """Takes one step of the plain model: its loss and the norm of its gradients."""
+        self._reference.append(step)
+        self._advance(len(self._reference), f"loss {step[0]:.4f}")
 
-    def finish(self, verdict: Verdict | None) -> None:
+    def finish(self, verdicts: Sequence[Verdict] | None) -> None:
         """Shows the result and writes pictures and summary."""
         self._progress.stop()
-        self._folder.draw_loss(self.losses, self._reference if verdict is not None else None)
-        summary = self._summary(verdict)
+        self._folder.draw_loss(
+            [step.loss for step in self._steps],
+            None if verdicts is None else [loss for loss, _ in self._reference],
+        )
+        summary = self._summary(verdicts)
         self._folder.write_summary(summary)
         result = summary["result"]
         self._console.print(
@@ -121,11 +129,11 @@ class Reporter:
             f"median {result['median_tokens_per_second']:,.0f} tokens/s",
             soft_wrap=True,
         )
-        if verdict is not None:
+        for verdict in verdicts or ():
             word = "[green]equal[/]" if verdict.holds else "[red]NOT equal[/]"
             self._console.print(
-                f"verify: {word} to the plain model: largest relative difference of the loss "
-                f"{verdict.largest_difference:.2e} (step {verdict.step}), "
+                f"verify: {verdict.curve} {word} to the plain model's: largest relative "
+                f"difference {verdict.largest_difference:.2e} (step {verdict.step}), "
                 f"allowed below {verdict.tolerance:.0e}",
                 soft_wrap=True,
             )
@@ -144,9 +152,9 @@ class Reporter:
         if self._progress.disable and (step % max(1, steps // _LINES) == 0 or step == steps):
             self._console.print(f"{self._description} {step}/{steps}  {note}", soft_wrap=True)
 
-    def _summary(self, verdict: Verdict | None) -> dict[str, Any]:
+    def _summary(self, verdicts: Sequence[Verdict] | None) -> dict[str, Any]:
         assert self._shape is not None
-        losses = self.losses
+        losses = [step.loss for step in self._steps]
         nats_per_byte = self._inputs.num_tokens / self._inputs.num_bytes
         last = mean(losses[-_LAST_STEPS:])
         shape = asdict(self._shape)
@@ -174,8 +182,13 @@ class Reporter:
                 "seconds": sum(m.seconds for m in self._steps),
             },
             "verify": None
-            if verdict is None
-            else {**asdict(verdict), "holds": verdict.holds, "losses": self._reference},
+            if verdicts is None
+            else {
+                "holds": all(verdict.holds for verdict in verdicts),
+                "curves": [asdict(verdict) for verdict in verdicts],
+                "plain_losses": [loss for loss, _ in self._reference],
+                "plain_grad_norms": [norm for _, norm in self._reference],
+            },
         }
 
 

@@ -1,10 +1,10 @@
-"""Compares a pipelined run's loss curve with the plain model's."""
+"""Compares a pipelined run's curves with the plain model's."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hfpp.train.inputs import window_starts
 from hfpp.train.options import RunDtype
@@ -13,26 +13,43 @@ from hfpp.train.reference import ReferenceRun
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from hfpp.train.events import StepMetrics
     from hfpp.train.inputs import RunInputs
     from hfpp.train.options import TrainOptions
 
-__all__ = ["TOLERANCES", "Verdict", "compare_curves", "reference_run"]
+__all__ = ["TOLERANCES", "Tolerances", "Verdict", "compare_curves", "compare_runs", "reference_run"]
 
-TOLERANCES = {RunDtype.FLOAT32: 1e-5, RunDtype.FLOAT64: 1e-9}
-"""The largest relative difference of the losses at any step, by the type of the run."""
+
+class Tolerances(NamedTuple):
+    """The largest relative differences at any step that are taken for rounding."""
+
+    loss: float
+    grad_norm: float
+
+
+TOLERANCES = {
+    RunDtype.FLOAT32: Tolerances(loss=1e-5, grad_norm=1e-3),
+    RunDtype.FLOAT64: Tolerances(loss=1e-9, grad_norm=1e-7),
+}
+"""By the type of the run. A norm sums the rounding of all gradients, so it moves more than a loss.
+
+AdamW does not see a gradient's scale: a wrong norm hardly shows in the loss.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """How far two loss curves are apart.
+    """How far two curves are apart.
 
     Attributes:
+        curve: what they show.
         largest_difference: relative to the reference, over all steps; infinity where a curve has no
             number to compare.
         step: where that is, from 1.
         tolerance: what is allowed.
     """
 
+    curve: str
     largest_difference: float
     step: int
     tolerance: float
@@ -44,26 +61,56 @@ class Verdict:
 
 
 def compare_curves(
-    losses: Sequence[float], reference: Sequence[float], *, tolerance: float
+    pipeline: Sequence[float], reference: Sequence[float], *, curve: str, tolerance: float
 ) -> Verdict:
-    """The largest relative difference between two loss curves, one loss per step.
+    """The largest relative difference between two curves, one value per step.
 
     Example:
-        >>> compare_curves([2.0, 1.1], [2.0, 1.0], tolerance=1e-5).step
+        >>> compare_curves([2.0, 1.1], [2.0, 1.0], curve="loss", tolerance=1e-5).step
         2
     """
     worst, worst_step = 0.0, 1
-    for step in range(1, max(len(losses), len(reference)) + 1):
+    for step in range(1, max(len(pipeline), len(reference)) + 1):
         difference = math.inf
-        if step <= len(losses) and step <= len(reference):
-            mine, plain = losses[step - 1], reference[step - 1]
+        if step <= len(pipeline) and step <= len(reference):
+            mine, plain = pipeline[step - 1], reference[step - 1]
             if math.isfinite(mine) and math.isfinite(plain):
                 difference = abs(mine - plain) / max(abs(plain), math.ulp(0.0))
         if difference > worst:
             worst, worst_step = difference, step
-    if not losses:
+    if not pipeline:
         worst = math.inf  # two curves without a step prove nothing
-    return Verdict(largest_difference=worst, step=worst_step, tolerance=tolerance)
+    return Verdict(curve=curve, largest_difference=worst, step=worst_step, tolerance=tolerance)
+
+
+def compare_runs(
+    pipeline: Sequence[StepMetrics], reference: Sequence[tuple[float, float]], dtype: RunDtype
+) -> tuple[Verdict, ...]:
+    """Compares the losses and the norms of the gradients of two runs.
+
+    Args:
+        pipeline: every step of the pipelined run.
+        reference: every step's loss and norm of the plain model.
+        dtype: of both runs.
+
+    Returns:
+        The verdict on the loss, then the one on the norm.
+    """
+    allowed = TOLERANCES[dtype]
+    return (
+        compare_curves(
+            [step.loss for step in pipeline],
+            [loss for loss, _ in reference],
+            curve="loss",
+            tolerance=allowed.loss,
+        ),
+        compare_curves(
+            [step.grad_norm for step in pipeline],
+            [norm for _, norm in reference],
+            curve="gradient norm",
+            tolerance=allowed.grad_norm,
+        ),
+    )
 
 
 def reference_run(

@@ -19,7 +19,7 @@ from tests.reference import partition as reference
 
 
 def check_partition(num_layers, stages) -> None:
-    """Each layer on exactly one stage, in order, sizes differing by at most one, longer ones first."""
+    """Each layer on one stage, in order; sizes differ by at most one, longer ones first."""
     assert [layer for layers in stages for layer in layers] == list(range(num_layers))
     sizes = [len(layers) for layers in stages]
     assert max(sizes) - min(sizes) <= 1
@@ -112,7 +112,11 @@ def test_lists_do_not_share_state():
     [
         (0, 4, r"num_stages \(0\) must be at least 1: use num_stages=1"),
         (-2, 4, r"num_stages \(-2\)"),
-        (5, 4, r"num_stages \(5\) must not be larger than num_layers \(4\).*use num_stages=4 or less"),
+        (
+            5,
+            4,
+            r"num_stages \(5\) must not be larger than num_layers \(4\).*use num_stages=4 or less",
+        ),
         (1, 0, r"num_layers \(0\) must be at least 1"),
         (True, 4, r"num_stages \(True\)"),
     ],
@@ -132,11 +136,22 @@ def test_one_stage_errors():
             one_stage(1.0, 2, 4)
 
 
+def _names_of_stage_1(*args, **kwargs):
+    return generate_hf_model_fqn_of_stage(1, *args, **kwargs)
+
+
 def test_one_string_is_no_list_of_names():
     with pytest.raises(TypeError, match=r"extra_module_fqns=\['model.extra'\]"):
         generate_hf_model_fqn_per_model_part(2, 4, extra_module_fqns="model.extra")
-    with pytest.raises(TypeError, match="str"):
-        generate_hf_model_fqn_per_model_part(2, 4, fqn_prefix=3)
+
+
+@pytest.mark.parametrize("make", [generate_hf_model_fqn_per_model_part, _names_of_stage_1])
+@pytest.mark.parametrize(
+    ("argument", "value"), [("fqn_prefix", 3), ("lm_head_fqn", None), ("extra_module_fqns", [4])]
+)
+def test_names_must_be_strings(make, argument, value):
+    with pytest.raises(TypeError, match=rf"^{argument} must (be a string|hold strings), not"):
+        make(2, 4, include_multimodal_encoders=False, **{argument: value})
 
 
 def test_lists_beyond_memory_are_errors_before_any_allocation():
@@ -220,7 +235,6 @@ def test_following_the_advice_removes_the_error(
         ((30, 4, 4, False), (8, 2)),
         ((36, 4, 4, False, "up"), (12, 3)),
         ((36, 4, 4, False, "down"), (8, 2)),
-        ((36, 4, 4, False, "up"), (12, 3)),
         ((1, 1, 1, True), (1, 1)),
         ((7, 100, 1, True), (1, 1)),
     ],
@@ -236,7 +250,10 @@ def test_virtual_stages(arguments, expected):
     [
         ((36, 4, 4, False), r"9 virtual stages .* must be divisible by pp_size"),
         ((32, 4, 4, True), r"^Single stage schedule requires exactly 1 stage per rank.*: 2: use "),
-        ((32, 8, 4, False), r"^Multi-stage schedule requires at least 2 stages per rank.*: 1: use "),
+        (
+            (32, 8, 4, False),
+            r"^Multi-stage schedule requires at least 2 stages per rank.*: 1: use ",
+        ),
         ((32, 4, 4, False, "nearest"), r"round_to_pp_multiple \('nearest'\) must be 'up', 'down'"),
         ((32, None, 4, False, ""), r"round_to_pp_multiple \(''\)"),
         ((32, 0, 4, False), r"layers_per_stage \(0\) must be at least 1: use layers_per_stage=1"),

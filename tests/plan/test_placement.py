@@ -81,11 +81,19 @@ def test_one_ranks_stages_of_a_world_too_large_for_a_table():
 @pytest.mark.parametrize(
     ("arguments", "name", "message"),
     [
-        ((0, 0, 8, "loop"), "pp_size", r"pp_size \(0\) must be at least 1: use pp_size=1 or more\."),
+        (
+            (0, 0, 8, "loop"),
+            "pp_size",
+            r"pp_size \(0\) must be at least 1: use pp_size=1 or more\.",
+        ),
         ((0, -4, 8, "loop"), "pp_size", r"pp_size \(-4\)"),
         ((4, 4, 8, "loop"), "pp_rank", r"pp_rank \(4\) must be in \[0, pp_size\)"),
         ((-1, 4, 8, "v"), "pp_rank", r"pp_rank \(-1\)"),
-        ((0, 4, 6, "loop"), "num_stages", r"num_stages \(6\) must be a positive multiple of pp_size"),
+        (
+            (0, 4, 6, "loop"),
+            "num_stages",
+            r"num_stages \(6\) must be a positive multiple of pp_size",
+        ),
         ((0, 4, 0, "loop"), "num_stages", r"num_stages \(0\) must be a positive multiple"),
         ((0, 4, -8, "loop"), "num_stages", r"num_stages \(-8\) must be a positive multiple"),
         ((0, 4, 4, "v"), "num_stages", r"num_stages \(4\) must be twice pp_size \(4\)"),

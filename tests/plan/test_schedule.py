@@ -23,6 +23,7 @@ from hfpp.plan.schedule import (
     verify,
     write_csv,
 )
+from tests.advice import check_advice
 from tests.reference.torch_orders import torch_communication, torch_order, torch_schedule
 
 MULTI = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")
@@ -123,9 +124,7 @@ def test_placement_and_stages_per_rank_of_each() -> None:
 def test_microbatch_rule_is_torchs_rule(name: str, pp_size: int, per_rank: int, n: int) -> None:
     per_rank = SCHEDULES[name].stages_per_rank or per_rank
     try:
-        torch_schedule(
-            name, rank=0, pp_size=pp_size, stages_per_rank=per_rank, n_microbatches=n
-        )
+        torch_schedule(name, rank=0, pp_size=pp_size, stages_per_rank=per_rank, n_microbatches=n)
         torch_accepts = True
     except ValueError:
         torch_accepts = False
@@ -140,26 +139,44 @@ def test_microbatch_rule_is_torchs_rule(name: str, pp_size: int, per_rank: int, 
 
 
 @given(
-    name=st.sampled_from(sorted(SCHEDULES)), pp_size=st.integers(1, 12), n=st.integers(-2, 60)
+    name=st.sampled_from(sorted(SCHEDULES)),
+    pp_size=st.integers(1, 12),
+    n=st.integers(-2, 60),
+    microbatch_size=st.none() | st.integers(1, 4),
 )
-def test_the_advice_on_microbatches_works(name: str, pp_size: int, n: int) -> None:
+def test_the_advice_on_microbatches_works(
+    name: str, pp_size: int, n: int, microbatch_size: int | None
+) -> None:
     spec = SCHEDULES[name]
-    num_stages = pp_size * (spec.stages_per_rank or 2)
-    try:
-        check_microbatches(spec, pp_size=pp_size, num_stages=num_stages, n_microbatches=n)
-    except PipelineConfigError as error:
-        message = str(error)
-        assert str(n) in message
-        if n < 1:
-            advised = {"1F1B": num_stages, "DualPipeV": 2 * pp_size}.get(name, 1)
-            counts = [advised]
-        else:
-            advice = message[message.index("use n_microbatches") :]
-            counts = [int(w) for w in advice.replace(";", " ").split() if w.isdigit()][:2]
-            counts = counts if "rounds" in message else counts[:1]
-        assert counts
-        for count in counts:
-            check_microbatches(spec, pp_size=pp_size, num_stages=num_stages, n_microbatches=count)
+
+    def check(n_microbatches: int = 0, local_batch_size: int = 0) -> None:
+        if microbatch_size is not None:
+            n_microbatches = local_batch_size // microbatch_size
+        check_microbatches(
+            spec,
+            pp_size=pp_size,
+            num_stages=pp_size * (spec.stages_per_rank or 2),
+            n_microbatches=n_microbatches,
+            microbatch_size=microbatch_size,
+        )
+
+    if microbatch_size is None:
+        check_advice(check, {"n_microbatches": n})
+    else:
+        check_advice(check, {"local_batch_size": n * microbatch_size})
+
+
+@pytest.mark.parametrize("name", ["2F2B", "", "interleavd1f1b", "PipelineScheduleMulti", 3])
+def test_the_advice_on_names_works(name: Any) -> None:
+    check_advice(
+        lambda pp_schedule: find_schedule(pp_schedule, argument="pp_schedule"),
+        {"pp_schedule": name},
+    )
+
+
+def test_a_misspelt_name_gets_the_closest() -> None:
+    with pytest.raises(PipelineConfigError, match="use pipeline_parallel_schedule='ZBVZeroBubble'"):
+        find_schedule("ZBVZeroBuble")
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def test_dtypes_are_known_by_code_and_by_name():
         assert bytes(tables.dtypes) == bytes(by_default.dtypes)
 
 
+@pytest.mark.torch
 def test_item_sizes_are_torchs():
     import torch
 
@@ -138,6 +139,7 @@ def test_sizes_by_the_configs_own_names():
     assert hidden_and_vocab_size(nested) == (12, 3)
 
 
+@pytest.mark.torch
 def test_sizes_from_transformers_configs():
     from transformers import Gemma3Config, GPT2Config, LlamaConfig
 

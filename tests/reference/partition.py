@@ -1,10 +1,22 @@
 """Partitions the slow, obvious way: deal the layers out one by one."""
 
-MULTIMODAL = (
-    "vision_tower visual vision_model image_encoder vision_encoder embed_vision audio_tower "
-    "audio_encoder audio_model mm_projector multi_modal_projector multimodal_projector "
-    "vision_projector vit_large_projector audio_projector"
-).split()
+MULTIMODAL = [
+    "vision_tower",
+    "visual",
+    "vision_model",
+    "image_encoder",
+    "vision_encoder",
+    "embed_vision",
+    "audio_tower",
+    "audio_encoder",
+    "audio_model",
+    "mm_projector",
+    "multi_modal_projector",
+    "multimodal_projector",
+    "vision_projector",
+    "vit_large_projector",
+    "audio_projector",
+]
 
 
 def uniform_partition(num_stages: int, num_layers: int) -> list[list[int]]:

@@ -1,0 +1,125 @@
+"""Options are checked before anything starts; errors name the option, and their advice works."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from hfpp import PipelineConfigError
+from hfpp.plan.schedule import SCHEDULES
+from hfpp.train.errors import OptionError
+from hfpp.train.options import RunDtype, TrainOptions
+from hfpp.train.torchrun import TorchrunRank
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("pp", [1, 2, 4])
+def test_the_defaults_fit_every_schedule(schedule, pp):
+    options = TrainOptions(schedule=schedule, pp=pp)
+    options.check_layers(8)
+    assert options.n_microbatches(replicas=1) == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"pp": 0}, "--pp (0)"),
+        ({"pp": True}, "--pp (True)"),
+        ({"microbatch_size": 0}, "--microbatch-size (0)"),
+        ({"batch_size": -8}, "--batch-size (-8)"),
+        ({"seq_len": 1}, "--seq-len (1)"),
+        ({"steps": 0}, "--steps (0)"),
+        ({"steps": 2.5}, "--steps (2.5)"),
+        ({"warmup_steps": -1}, "--warmup-steps (-1)"),
+        ({"seed": -1}, "--seed (-1)"),
+        ({"seed": 2**63}, f"--seed ({2**63})"),
+        ({"lr": 0.0}, "--lr (0.0)"),
+        ({"lr": float("nan")}, "--lr (nan)"),
+        ({"max_grad_norm": -1.0}, "--max-grad-norm (-1.0)"),
+        ({"max_grad_norm": float("inf")}, "--max-grad-norm (inf)"),
+        ({"schedule": "1F2B"}, "--schedule (1F2B)"),
+        ({"verify": True, "dtype": RunDtype.BFLOAT16}, "--verify"),
+    ],
+)
+def test_errors_name_the_option(changes, named):
+    with pytest.raises(OptionError) as raised:
+        TrainOptions(**changes)
+    assert str(raised.value).startswith(named)
+    assert isinstance(raised.value, PipelineConfigError)
+
+
+def test_an_unknown_schedule_lists_the_known_ones():
+    with pytest.raises(OptionError, match=r"GPipe, 1F1B, .*DualPipeV"):
+        TrainOptions(schedule="nonsense")
+
+
+@pytest.mark.parametrize(("batch_size", "microbatch_size"), [(16, 3), (7, 2), (1, 4)])
+def test_following_the_advice_on_batch_sizes_works(batch_size, microbatch_size):
+    sizes = {"pp": 1, "schedule": "GPipe", "batch_size": batch_size}
+    with pytest.raises(OptionError, match="must be divisible by --microbatch-size") as raised:
+        TrainOptions(**sizes, microbatch_size=microbatch_size)
+    advised = int(re.search(r"use --batch-size (\d+)", str(raised.value))[1])
+    TrainOptions(**{**sizes, "batch_size": advised}, microbatch_size=microbatch_size)
+    TrainOptions(**sizes, microbatch_size=1)
+
+
+def test_a_schedule_that_lacks_microbatches_says_how_many_it_needs():
+    with pytest.raises(OptionError, match=r"--batch-size \(4\).*n_microbatches >= 4"):
+        TrainOptions(pp=4, schedule="1F1B", batch_size=4, microbatch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({"pp": 4, "schedule": "GPipe"}, {"pp": 3}),
+        ({"pp": 2, "schedule": "dualpipev"}, {"pp": 1}),
+        ({"pp": 4}, {"pp": 1}),
+    ],
+)
+def test_more_stages_than_layers(options, advice):
+    with pytest.raises(OptionError, match=rf"3 layers.*use --pp {advice['pp']} or less"):
+        TrainOptions(**options).check_layers(3)
+    replace(TrainOptions(**options), **advice).check_layers(3)
+
+
+def test_a_model_of_one_layer_needs_a_schedule_with_one_stage_per_rank():
+    options = TrainOptions(pp=1, schedule="ZBVZeroBubble")
+    with pytest.raises(OptionError, match="use --schedule 1F1B"):
+        options.check_layers(1)
+    replace(options, schedule="1F1B").check_layers(1)
+
+
+def rank_of(world_size):
+    return TorchrunRank(rank=0, world_size=world_size, local_rank=0, local_world_size=world_size)
+
+
+@pytest.mark.parametrize(("world_size", "pp"), [(3, 2), (6, 4), (2, 4), (1, 2), (9, 6)])
+def test_a_world_that_is_no_multiple_of_pp(world_size, pp):
+    options = TrainOptions(pp=pp, schedule="GPipe", microbatch_size=1, batch_size=72)
+    with pytest.raises(OptionError, match=rf"{world_size} ranks must be a multiple") as raised:
+        rank_of(world_size).check(options)
+    ranks, other_pp = map(
+        int, re.findall(r"start (\d+) ranks, or use --pp (\d+)", str(raised.value))[0]
+    )
+    rank_of(ranks).check(options)
+    rank_of(world_size).check(replace(options, pp=other_pp))
+
+
+def test_a_batch_that_does_not_feed_every_replica():
+    options = TrainOptions(pp=2, schedule="GPipe", batch_size=16, microbatch_size=8)
+    rank_of(4).check(options)
+    with pytest.raises(OptionError, match=r"the 3 data-parallel pipelines: use --batch-size 24"):
+        rank_of(6).check(options)
+    rank_of(6).check(replace(options, batch_size=24))
+
+
+def test_torchruns_variables_are_read(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert TorchrunRank.from_environment() is None
+    for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert TorchrunRank.from_environment() == TorchrunRank(
+        rank=5, world_size=8, local_rank=1, local_world_size=4
+    )

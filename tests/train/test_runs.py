@@ -1,0 +1,216 @@
+"""Real runs over gloo processes: every schedule, checkpoints, what is left behind, faults seen."""
+
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from hfpp import cli
+from hfpp.plan.schedule import SCHEDULES
+from hfpp.train import launcher
+from hfpp.train.inputs import prepare_inputs
+from hfpp.train.loop import train_rank
+from hfpp.train.options import RunDtype, TrainOptions
+from hfpp.train.verify import compare_runs, reference_run
+from tests.ranks import run_ranks
+from tests.train.sessions import members, nothing_left, session, wait_for_line
+
+SMALL = {"seq_len": 12, "steps": 3, "lr": 0.01, "warmup_steps": 2}
+FLAGS = ["--seq-len", "12", "--steps", "3", "--lr", "0.01", "--warmup-steps", "2"]
+LLAMA = LlamaConfig(
+    vocab_size=256,
+    hidden_size=8,
+    intermediate_size=12,
+    num_hidden_layers=8,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.fixture
+def llama(tmp_path):
+    LLAMA.save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def schedules_of_one_world(rank, world_size, options, inputs, schedules):
+    """The shape and the steps of every schedule, as the first rank reports them."""
+    sizes = (options.pp, world_size // options.pp)
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("pp", "dp"))
+    runs = {}
+    for schedule in schedules:
+        events = []
+        train_rank(
+            replace(options, schedule=schedule), inputs, mesh, torch.device("cpu"), events.append
+        )
+        dist.barrier()
+        runs[schedule] = events
+    return runs if rank == 0 else all(events == [] for events in runs.values())
+
+
+@pytest.mark.parametrize(
+    ("pp", "world_size", "schedules"),
+    [
+        (1, 1, tuple(SCHEDULES)),
+        (2, 2, tuple(SCHEDULES)),
+        (4, 4, tuple(SCHEDULES)),
+        (2, 4, ("1F1B", "Interleaved1F1B", "ZBVZeroBubble")),
+    ],
+)
+def test_every_schedule_trains_like_the_plain_model(pp, world_size, schedules, llama, tmp_path):
+    """Also with replicas (FSDP2), in float64: tolerances that no wrong gradient meets."""
+    options = TrainOptions(pp=pp, model=llama, dtype=RunDtype.FLOAT64, microbatch_size=1, **SMALL)
+    inputs = prepare_inputs(options, tmp_path)
+    plain = []
+    reference_run(options, inputs, device="cpu", threads=1)(0, plain.append)
+    runs, *others = run_ranks(
+        schedules_of_one_world, world_size, args=(options, inputs, schedules), timeout_s=120
+    )
+    assert all(others)  # only the first rank reports
+    for schedule, (shape, *steps) in runs.items():
+        verdicts = compare_runs(steps, plain, options.dtype)
+        assert all(verdict.holds for verdict in verdicts), (schedule, verdicts)
+        stages = pp * (1 if SCHEDULES[schedule].single_stage else 2)
+        assert [row.stage for row in shape.stages] == list(range(stages))
+        assert all(len(row.ranks) == world_size // pp for row in shape.stages)
+        assert [i for row in shape.stages for i in row.layers] == list(range(8))
+    assert plain[-1][0] < plain[0][0]
+
+
+def train(*arguments, out):
+    return cli.main(["train", *FLAGS, "--out", str(out), *map(str, arguments)])
+
+
+def test_a_run_leaves_its_results(llama, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train("--model", llama, "--pp", 2, "--schedule", "1f1b", "--verify", out=out) == 0
+    printed = capsys.readouterr()
+    assert "verify: loss equal to the plain model's" in printed.out
+    assert "verify: gradient norm equal to the plain model's" in printed.out
+    assert "stage" in printed.out
+    assert printed.err == ""
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in metrics] == [1, 2, 3]
+    assert all(step["grad_norm"] > 0 and step["tokens_per_second"] > 0 for step in metrics)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["verify"]["holds"] is True
+    assert summary["verify"]["curves"][0]["largest_difference"] < 1e-5
+    assert len(summary["verify"]["plain_losses"]) == 3
+    assert summary["result"]["final_loss"] == metrics[-1]["loss"] < metrics[0]["loss"]
+    assert [row["layers"] for row in summary["pipeline"]["stages"]] == [[0, 4], [4, 8]]
+    assert summary["options"]["pp"] == 2
+    assert ElementTree.parse(out / "schedule.svg").getroot().tag.endswith("svg")
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in out.iterdir()} == {
+        "logs", "loss.png", "metrics.jsonl", "schedule.svg", "summary.json"
+    }  # fmt: skip
+
+    # The folder is kept unless it is given up, and then only the results are.
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert train("--model", llama, out=out) == 2
+    assert {path: path.read_bytes() for path in before} == before
+    (out / "notes.txt").write_text("mine")
+    assert train("--model", llama, "--pp", 1, "--steps", 1, "--force", out=out) == 0
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("changes", [{"lr": 0.0101}, {"warmup_steps": 3}])
+def test_verify_fails_loudly_when_the_curves_differ(changes, llama, tmp_path, capsys, monkeypatch):
+    def altered(options, inputs, **settings):
+        return reference_run(replace(options, **changes), inputs, **settings)
+
+    monkeypatch.setattr(launcher, "reference_run", altered)
+    out = tmp_path / "out"
+    assert train("--model", llama, "--pp", 2, "--verify", out=out) == 1
+    printed = capsys.readouterr()
+    assert "loss NOT equal to the plain model's" in printed.out
+    assert printed.err.startswith("hfpp train: error: --verify: the pipeline's loss differs")
+    assert json.loads((out / "summary.json").read_text())["verify"]["holds"] is False
+
+
+def test_a_checkpoint_with_dropout_and_another_architecture(tmp_path, capsys):
+    torch.manual_seed(5)
+    config = GPT2Config(n_embd=8, n_layer=4, n_head=2, vocab_size=256, n_positions=32)
+    assert config.resid_pdrop > 0
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be " * 50)
+    common = ("--model", tmp_path / "gpt2", "--text", text, "--verify", "--dtype", "float64")
+    assert train(*common, "--pp", 2, "--seed", 3, out=tmp_path / "out") == 0
+    assert "allowed below 1e-09" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_lost_ends_the_run(llama, tmp_path, capsys):
+    assert train("--model", llama, "--lr", "1e30", out=tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("hfpp train: error: The loss is nan at step ")
+    assert "use a lower --lr (1e+30)" in error
+    assert error.count("\n") == 1
+
+
+def start(tmp_path, out):
+    return ["-m", "hfpp", "train", "--pp", "2", "--steps", "100000", "--out", str(out)]
+
+
+@pytest.mark.parametrize("moment", ["starting", "training"])
+def test_ctrl_c_ends_the_run_with_one_line(moment, tmp_path):
+    out = tmp_path / "out"
+    with session(start(tmp_path, out), tmp_path) as process:
+        if moment == "training":
+            wait_for_metrics(out, process)
+        else:
+            wait_for_line(process, "hfpp train: ")
+            time.sleep(1.0)  # processes are importing
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        assert nothing_left(process.pid) == {}
+        assert process.stderr.read() == "hfpp train: interrupted\n"
+
+
+@pytest.mark.parametrize("victim", ["rank", "parent"])
+def test_a_killed_process_takes_the_others_along(victim, tmp_path):
+    out = tmp_path / "out"
+    with session(start(tmp_path, out), tmp_path) as process:
+        wait_for_metrics(out, process)
+        if victim == "parent":
+            process.kill()
+        else:
+            os.kill(rank_of(process.pid), signal.SIGKILL)
+        code = process.wait(timeout=30)
+        assert nothing_left(process.pid) == {}
+        if victim == "rank":
+            assert code == 1
+            error = process.stderr.read()
+            assert error.startswith("hfpp train: error: rank ")
+            assert " of 2 died (SIGKILL, as when memory runs out); what it printed is in" in error
+            assert error.count("\n") == 1
+
+
+def wait_for_metrics(out, process):
+    deadline = time.monotonic() + 60
+    while not (out / "metrics.jsonl").exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def rank_of(session_id):
+    """A process that the server forked: its parent is neither the command nor outside."""
+    parents = {
+        pid: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        for pid in members(session_id)
+    }
+    return next(
+        pid for pid, parent in parents.items() if parent in parents and parent != session_id
+    )
