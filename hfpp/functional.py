@@ -615,10 +615,11 @@ def pipeline_model(
         patch_causal_lm_model: As in `split_model_into_stages`.
         scale_grads: As in `build_pipeline_schedule`.
         round_to_pp_multiple: As in `calculate_virtual_stages`.
-        patch_stage_backward_maybe_with_nosync: Whether FSDP2 stages reduce their gradients after
-            every microbatch (saves memory) instead of once per step.
+        patch_stage_backward_maybe_with_nosync: Accepted for code that sets it; FSDP2 stages reduce
+            their gradients once per step with and without it.
         seq_len: Tokens per sequence; given, the shapes are static from the first step on.
-        reduce_grad_per_microbatch: Another name for `patch_stage_backward_maybe_with_nosync`.
+        reduce_grad_per_microbatch: Whether FSDP2 stages reduce their gradients after every
+            microbatch, which frees the unsharded ones, instead of once per step.
         tensor_dtype: Dtype of what crosses between stages, as in `_precompute_stage_shapes`.
 
     Returns:

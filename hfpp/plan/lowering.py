@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.actions import Action, ActionKind, ScheduleTable
+from hfpp.plan.dataflow import Result, gives, needs
 
 __all__ = ["add_communication"]
-
-_F, _B, _I = ActionKind.FORWARD, ActionKind.FULL_BACKWARD, ActionKind.BACKWARD_INPUT
 
 
 def add_communication(table: ScheduleTable) -> ScheduleTable:
@@ -25,36 +24,30 @@ def add_communication(table: ScheduleTable) -> ScheduleTable:
     """
     if table.has_communication:
         raise PipelineConfigError(f"{table.name}: the table has communication already")
-    last = table.num_stages - 1
     todo = [[step.action for step in table.steps(rank)] for rank in range(table.pp_size)]
     position = [0] * table.pp_size
     rows: list[list[Action]] = [[] for _ in todo]
-    at_hand: list[set[tuple[int, ActionKind, int | None]]] = [set() for _ in todo]
+    at_hand: list[set[Result]] = [set() for _ in todo]
 
     def ready(rank: int, leaf: Action) -> bool:
-        if leaf.kind is _F and leaf.stage > 0:
-            return (leaf.stage - 1, _F, leaf.microbatch) in at_hand[rank]
-        if leaf.kind in (_B, _I) and leaf.stage < last:
-            return (leaf.stage + 1, _B, leaf.microbatch) in at_hand[rank]
-        return True
+        need = needs(table, leaf)
+        return need is None or need in at_hand[rank]
 
-    def place(rank: int, leaf: Action) -> None:
-        """Hands the leaf's result to the neighbouring stage, on this rank or by a message."""
-        if leaf.kind is _F:
-            kind, target = _F, leaf.stage + 1
-            send, receive = ActionKind.SEND_FORWARD, ActionKind.RECEIVE_FORWARD
-        elif leaf.kind in (_B, _I):
-            kind, target = _B, leaf.stage - 1
-            send, receive = ActionKind.SEND_BACKWARD, ActionKind.RECEIVE_BACKWARD
-        else:
+    def hand_on(rank: int, leaf: Action) -> None:
+        """Brings the leaf's result to the neighbouring stage, on this rank or by a message."""
+        if (result := gives(leaf)) is None:
             return
-        if not 0 <= target <= last:
+        forward = leaf.kind is ActionKind.FORWARD
+        target = leaf.stage + 1 if forward else leaf.stage - 1
+        if not 0 <= target < table.num_stages:
             return
         peer = table.stage_to_rank[target]
         if peer != rank:
+            send = ActionKind.SEND_FORWARD if forward else ActionKind.SEND_BACKWARD
+            receive = ActionKind.RECEIVE_FORWARD if forward else ActionKind.RECEIVE_BACKWARD
             rows[rank].append(Action(leaf.stage, send, leaf.microbatch))
             rows[peer].append(Action(target, receive, leaf.microbatch))
-        at_hand[peer].add((leaf.stage, kind, leaf.microbatch))
+        at_hand[peer].add(result)
 
     moving = True
     while moving:
@@ -67,7 +60,7 @@ def add_communication(table: ScheduleTable) -> ScheduleTable:
                 continue
             rows[rank].append(action)
             for leaf in action.leaves:
-                place(rank, leaf)
+                hand_on(rank, leaf)
             position[rank] += 1
             moving = True
     for rank, actions in enumerate(todo):

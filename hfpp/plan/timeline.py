@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.actions import Action, ActionKind, ScheduleTable
+from hfpp.plan.dataflow import Result, gives, needs
 from hfpp.plan.verify import verify
 
 __all__ = ["Bar", "Costs", "Timeline", "timeline"]
@@ -88,37 +89,28 @@ def timeline(table: ScheduleTable, costs: Costs) -> Timeline:
     position = [0] * table.pp_size
     clock = [0.0] * table.pp_size
     bars: list[list[Bar]] = [[] for _ in rows]
-    ends: dict[tuple[int, ActionKind, int | None], float] = {}
-    waiting: dict[tuple[int, ActionKind, int | None], list[int]] = {}
-    last = table.num_stages - 1
+    ends: dict[Result, float] = {}
+    waiting: dict[Result, list[int]] = {}
     ready = deque(range(table.pp_size))
-
-    def need(leaf: Action) -> tuple[int, ActionKind, int | None] | None:
-        if leaf.kind is _F and leaf.stage > 0:
-            return (leaf.stage - 1, _F, leaf.microbatch)
-        if leaf.kind in (_B, _I) and leaf.stage < last:
-            return (leaf.stage + 1, _B, leaf.microbatch)
-        return None
 
     while ready:
         rank = ready.popleft()
         while position[rank] < len(rows[rank]):
             action = rows[rank][position[rank]]
             leaves = [leaf for leaf in action.leaves if leaf.kind.is_compute]
-            needs = [key for key in map(need, leaves) if key is not None]
-            absent = next((key for key in needs if key not in ends), None)
+            taken = [key for leaf in leaves if (key := needs(table, leaf)) is not None]
+            absent = next((key for key in taken if key not in ends), None)
             if absent is not None:
                 waiting.setdefault(absent, []).append(rank)
                 break
-            time = max([clock[rank], *(ends[key] for key in needs)]) if leaves else clock[rank]
+            time = max([clock[rank], *(ends[key] for key in taken)])
             for leaf in leaves:
                 end = time + costs.of(leaf.kind)
                 bars[rank].append(Bar(leaf, time, end, action if action.parts else None))
                 time = end
-                if leaf.kind is not _W:
-                    key = (leaf.stage, _F if leaf.kind is _F else _B, leaf.microbatch)
-                    ends[key] = end
-                    ready.extend(waiting.pop(key, ()))
+                if (result := gives(leaf)) is not None:
+                    ends[result] = end
+                    ready.extend(waiting.pop(result, ()))
             clock[rank] = time
             position[rank] += 1
     if any(position[rank] < len(row) for rank, row in enumerate(rows)):

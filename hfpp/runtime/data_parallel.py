@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
@@ -10,7 +11,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hfpp.errors import PipelineConfigError
 
-__all__ = ["fit_wrappers"]
+__all__ = ["ReducingStage", "fit_wrappers"]
+
+
+class ReducingStage(PipelineStage):
+    """A stage whose FSDP2 module reduces its gradients after every microbatch.
+
+    torch's stages do so once per step: unsharded gradients of the whole stage stay in memory until
+    then. This costs a reduction per microbatch instead.
+    """
+
+    def backward_maybe_with_nosync(self, backward_type: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run one microbatch's backward as torch does, then reduce."""
+        result = super().backward_maybe_with_nosync(backward_type, *args, **kwargs)
+        if isinstance(self.submod, FSDPModule):
+            self.perform_reduce_grad(1)
+        return result
 
 
 def fit_wrappers(stages: Sequence[PipelineStage], *, splits_backward: bool) -> None:
@@ -48,6 +64,13 @@ def fit_wrappers(stages: Sequence[PipelineStage], *, splits_backward: bool) -> N
                 )
         if not splits_backward:
             continue
+        if isinstance(stage, ReducingStage):
+            raise PipelineConfigError(
+                "reduce_grad_per_microbatch frees the weights after every microbatch, but the "
+                "schedule computes their gradients later: leave it False, or use a schedule "
+                "without separate actions for the weights' gradients (1F1B, GPipe, "
+                "Interleaved1F1B, LoopedBFS)."
+            )
         if isinstance(part, FSDPModule):
             part.set_reshard_after_forward(False)
         elif any(isinstance(module, FSDPModule) for module in part.modules()):

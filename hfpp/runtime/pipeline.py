@@ -7,8 +7,11 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
+from torch.distributed.pipelining import PipelineStage
+
 from hfpp.errors import PipelineConfigError
 from hfpp.runtime.build_schedule import build_pipeline_schedule, check_pipeline_schedule
+from hfpp.runtime.data_parallel import ReducingStage
 from hfpp.runtime.preflight import agree, model_facts
 from hfpp.runtime.split_model import split_model_into_stages
 from hfpp.runtime.stage_shapes import precompute_stage_shapes
@@ -17,7 +20,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.pipelining import PipelineStage
 
     from hfpp.runtime.torch_compat import TorchSchedule
 
@@ -104,6 +106,7 @@ def pipeline_model(
             patch_causal_lm_model,
             round_to_pp_multiple,
             pipeline_parallel_schedule_csv=pipeline_parallel_schedule_csv,
+            stage_class=ReducingStage if reduce_grad_per_microbatch else PipelineStage,
         )
         check_pipeline_schedule(
             pipeline_parallel_schedule_csv,

@@ -49,8 +49,12 @@ def split_model_into_stages(
     *,
     pipeline_parallel_schedule_csv: str | PathLike[str] | None = None,
     anatomy: Anatomy | None = None,
+    stage_class: type[PipelineStage] = PipelineStage,
 ) -> tuple[list[PipelineStage], list[nn.Module]]:
-    """Split ``model``: see `hfpp.functional.split_model_into_stages`."""
+    """Split ``model``: see `hfpp.functional.split_model_into_stages`.
+
+    Args beyond those: ``anatomy``, where it is known, and the ``stage_class`` to wrap modules in.
+    """
     mesh = pp_mesh[pp_axis_name] if pp_mesh.ndim > 1 else pp_mesh
     pp_size, pp_rank, group = mesh.size(), mesh.get_local_rank(), mesh.get_group()
     placement, stages_per_rank, single = _layout(pp_schedule, pipeline_parallel_schedule_csv)
@@ -83,7 +87,7 @@ def split_model_into_stages(
         check_module_names(names, anatomy, ownership)
         modules = build_stages(model, anatomy, ownership, ids, group)
     stages = [
-        _pipeline_stage(module, index, num_stages, device, group)
+        _pipeline_stage(stage_class, module, index, num_stages, device, group)
         for index, module in zip(ids, modules, strict=True)
     ]
     logger.info(
@@ -268,7 +272,12 @@ def _whole_model(model: nn.Module, group: dist.ProcessGroup | None) -> nn.Module
 
 
 def _pipeline_stage(
-    module: nn.Module, index: int, num_stages: int, device: torch.device, group: dist.ProcessGroup
+    stage_class: type[PipelineStage],
+    module: nn.Module,
+    index: int,
+    num_stages: int,
+    device: torch.device,
+    group: dist.ProcessGroup,
 ) -> PipelineStage:
     boundary = module.__dict__.get("_hfpp_boundary")
     slots = () if boundary is None else (boundary.slots_in(), boundary.slots_out())
@@ -276,7 +285,7 @@ def _pipeline_stage(
     # it; a weight-gradient step that has nothing left to do is always right
     several = any(sum(slot.is_floating for slot in side) > 1 for side in slots)
     builder = _nothing_left if several else None
-    return PipelineStage(module, index, num_stages, device, group=group, dw_builder=builder)
+    return stage_class(module, index, num_stages, device, group=group, dw_builder=builder)
 
 
 def _nothing_left() -> Any:

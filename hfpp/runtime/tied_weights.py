@@ -141,7 +141,7 @@ class TiedGradients:
         return values
 
     def _op(self, kind: object, tensor: Tensor, rank: int) -> dist.P2POp:
-        group = self._group or dist.distributed_c10d._get_default_group()
+        group = self._group or dist.group.WORLD
         return dist.P2POp(kind, tensor, dist.get_global_rank(group, rank), group)  # type: ignore[arg-type]
 
 

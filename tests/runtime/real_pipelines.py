@@ -16,8 +16,8 @@ from hfpp.runtime.pipeline import Pipeline
 from tests.models import VOCAB, relative_error, tiny_model, token_ids
 
 SEQ = 11  # longer than the windows of the tiny models
-ROWS = 8
-MICROBATCH = 1  # eight microbatches: many are in flight at once
+ROWS = 8  # of a batch, over all replicas
+MICROBATCHES = 4  # of each replica: on two ranks, several are in flight at once
 TOLERANCE = 1e-9
 
 SINGLE = ("GPipe", "1F1B")
@@ -33,7 +33,7 @@ def loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def tiny_llama(**changes: Any) -> Any:
-    return tiny_model("llama", **{"vocab_size": VOCAB, **changes})
+    return tiny_model("llama", **changes)
 
 
 def data_and_pipeline_mesh(world_size: int, pp_size: int = 2) -> DeviceMesh:
@@ -41,18 +41,21 @@ def data_and_pipeline_mesh(world_size: int, pp_size: int = 2) -> DeviceMesh:
     return init_device_mesh("cpu", shape, mesh_dim_names=("dp", "pp"))
 
 
-def batches(steps: int = 1, rows: int = ROWS) -> list[Tensor]:
-    return [token_ids(rows, SEQ, seed=step) for step in range(steps)]
+def batches(steps: int = 1) -> list[Tensor]:
+    return [token_ids(ROWS, SEQ, seed=step) for step in range(steps)]
 
 
 def unsplit_gradients(
-    model: nn.Module, steps: Iterable[Tensor], *, divisor: float = 1.0
+    model: nn.Module, steps: Iterable[Tensor], *, replicas: int = 1
 ) -> dict[str, Tensor | None]:
-    """By name, what plain training accumulates over the same microbatches; the model keeps none."""
+    """By name, what plain training accumulates: the mean over replicas of sums over microbatches.
+
+    The same microbatches: models that compute some things in float32 round by microbatch.
+    """
     model.zero_grad(set_to_none=True)
     for ids in steps:
-        for rows in ids.split(MICROBATCH):
-            (loss(model(rows).logits, rows) / divisor).backward()
+        for rows in ids.chunk(MICROBATCHES * replicas):
+            (loss(model(rows).logits, rows) / replicas).backward()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found = {n: None if p.grad is None else p.grad.clone() for n, p in parameters.items()}
     model.zero_grad(set_to_none=True)
@@ -69,15 +72,15 @@ def build(
     **changes: Any,
 ) -> Pipeline:
     """The pipeline of a copy of the model, for batches of `ROWS` rows over all replicas."""
-    replicas = mesh["dp"].size()
+    local_batch_size = ROWS // mesh["dp"].size()
     settings: dict[str, Any] = {
         "pp_axis_name": "pp",
         "dp_axis_names": ("dp",),
         "layers_per_stage": None,
         "pipeline_parallel_schedule_csv": None,
         "pipeline_parallel_schedule": schedule,
-        "microbatch_size": MICROBATCH,
-        "local_batch_size": ROWS // replicas,
+        "microbatch_size": local_batch_size // MICROBATCHES,
+        "local_batch_size": local_batch_size,
         "device": torch.device("cpu"),
         "loss_fn": loss,
         "parallelize_fn": parallelize_fn,
@@ -97,17 +100,15 @@ def step(pipeline: Pipeline, mesh: DeviceMesh, ids: Tensor) -> None:
 
 
 def plain_name(name: str) -> str:
-    """Without what DistributedDataParallel puts in front."""
-    return name.removeprefix("module.")
+    """Without what DistributedDataParallel and checkpoint_wrapper put into it."""
+    return name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")
 
 
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def wrong_gradients(
-    parts: Iterable[nn.Module], expected: Mapping[str, Tensor | None]
-) -> list[str]:
+def wrong_gradients(parts: Iterable[nn.Module], expected: Mapping[str, Tensor | None]) -> list[str]:
     """Every parameter whose gradient is not what the unsplit model has, and by how much."""
     wrong = []
     for part in parts:

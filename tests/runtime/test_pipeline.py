@@ -72,9 +72,7 @@ class Reference:
 
     def step(self, ids: torch.Tensor, mask: torch.Tensor, scale: float = 1.0) -> list[float]:
         losses = []
-        for part, part_mask in zip(
-            ids.chunk(MICROBATCHES), mask.chunk(MICROBATCHES), strict=True
-        ):
+        for part, part_mask in zip(ids.chunk(MICROBATCHES), mask.chunk(MICROBATCHES), strict=True):
             loss = loss_fn(self.logits(part, part_mask), labels_of(part, part_mask))
             (loss * scale).backward()
             losses.append(loss.item())
@@ -383,9 +381,7 @@ UNEVEN = [
 
 def uneven(rank: int, size: int) -> dict[str, float]:
     mesh = mesh_of(size)
-    error = train_once(
-        tiny_model("llama"), mesh, seq_len=SEQ, module_fqns_per_model_part=UNEVEN
-    )
+    error = train_once(tiny_model("llama"), mesh, seq_len=SEQ, module_fqns_per_model_part=UNEVEN)
     return {"uneven": error}
 
 
@@ -451,9 +447,7 @@ REFUSALS = {
         module_fqns_per_model_part=[*UNEVEN, ["model.layers.3"]],
     ),
     "unknown schedule": Refusal("unknown", pipeline_parallel_schedule="2F2B"),
-    "abstract schedule": Refusal(
-        "abstract", pipeline_parallel_schedule="PipelineScheduleMulti"
-    ),
+    "abstract schedule": Refusal("abstract", pipeline_parallel_schedule="PipelineScheduleMulti"),
     "no schedule": Refusal("pp_schedule is None", pipeline_parallel_schedule=None),
     "uneven batch": Refusal("must be divisible by", local_batch_size=7),
     "too few microbatches": Refusal("1F1B needs", local_batch_size=2),
@@ -528,7 +522,10 @@ def disagree(rank: int, size: int) -> dict[str, str]:
         "depth": (tiny_model("llama", num_hidden_layers=6 if odd else 4), {}),
         "multiplier": (tiny_model("granite", logits_scaling=9.0 if odd else 8.0), {}),
         "class": (tiny_model("qwen3" if odd else "llama"), {}),
-        "schedule": (tiny_model("llama"), {"pipeline_parallel_schedule": "GPipe" if odd else "1F1B"}),
+        "schedule": (
+            tiny_model("llama"),
+            {"pipeline_parallel_schedule": "GPipe" if odd else "1F1B"},
+        ),
         "microbatch": (tiny_model("llama"), {"local_batch_size": 16 if odd else 8}),
         "tied": (tiny_model("llama", tie_word_embeddings=odd), {}),
         "own error": (tiny_model("llama"), {"local_batch_size": 7 if odd else 8}),

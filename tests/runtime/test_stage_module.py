@@ -1,4 +1,4 @@
-"""A stage survives what users do to it: the same done to the unsplit model gives the same numbers."""
+"""A stage survives what users do to it: the same as the unsplit model, treated the same way."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ from hfpp.runtime import stage_module
 from hfpp.runtime.anatomy import find_anatomy
 from hfpp.runtime.ownership import find_ownership
 from hfpp.runtime.split_model import build_stages
-from tests.models import padding_mask, relative_error, tiny_model
+from tests.models import padding_mask, relative_error
 from tests.ranks import RankError, run_ranks
 from tests.runtime.real_pipelines import (
-    MICROBATCH,
+    MICROBATCHES,
     ROWS,
     SCHEDULES,
+    SEQ,
     SINGLE,
     TOLERANCE,
     batches,
@@ -51,7 +52,9 @@ from tests.runtime.real_pipelines import (
 
 def split(model: nn.Module, num_stages: int, only: list[int] | None = None) -> list[nn.Module]:
     anatomy = find_anatomy(model)
-    ownership = find_ownership(model, anatomy, uniform_offsets(num_stages, anatomy.num_layers).row())
+    ownership = find_ownership(
+        model, anatomy, uniform_offsets(num_stages, anatomy.num_layers).row()
+    )
     return build_stages(model, anatomy, ownership, only or list(range(num_stages)))
 
 
@@ -85,7 +88,7 @@ def test_a_cast_reaches_weights_stand_ins_and_hollow_layers(dtype):
     model = tiny_llama(attn_implementation="eager").float()
     plain = copy.deepcopy(model).to(dtype)
     stages = [stage.to(dtype) for stage in split(model, 4)]
-    ids, masks = batches()[0], {"attention_mask": padding_mask(ROWS, 11)}
+    ids, masks = batches()[0], {"attention_mask": padding_mask(ROWS, SEQ)}
     wanted, found = plain(ids, **masks).logits, run_chain(stages, ids, **masks)
     assert found.dtype == dtype
     assert torch.equal(found, wanted)
@@ -197,7 +200,7 @@ def test_copies_share_no_state():
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.mul_(1.5)
-    mine, other = torch.randn(2, ROWS, 11, 32, dtype=torch.float64).unbind()
+    mine, other = torch.randn(2, ROWS, SEQ, 32, dtype=torch.float64).unbind()
     alone, alone_twin = stage(mine), twin(other)
     assert not torch.equal(alone, stage(other))
     within = []
@@ -227,6 +230,11 @@ def test_no_foreign_tensor_is_read(index):
         for tensor in gone:
             tensor.fill_(float("nan"))
     assert torch.equal(stage(values[index]), values[index + 1])
+
+
+def quiet_torch() -> None:
+    """Torch logs the whole schedule for every error, also for those that a test expects."""
+    logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)
 
 
 def resident_bytes() -> int:
@@ -318,39 +326,35 @@ def test_adapters_find_own_layers_only_and_train():
 # Checkpointing
 
 
-def hf_default(part: Any, *_: Any, **__: Any) -> None:
-    part.activation_checkpointing_enable()
+def hf_default(part: Any) -> None:
+    part.gradient_checkpointing_enable()
 
 
-def hf_not_reentrant(part: Any, *_: Any, **__: Any) -> None:
-    part.activation_checkpointing_enable({"use_reentrant": False})
+def hf_not_reentrant(part: Any) -> None:
+    part.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def hf_reentrant(part: Any, *_: Any, **__: Any) -> None:
-    part.activation_checkpointing_enable({"use_reentrant": True})
+def hf_reentrant(part: Any) -> None:
+    part.gradient_checkpointing_enable({"use_reentrant": True})
 
 
-def wrap_own_layers(part: Any, *_: Any, impl: Any = CheckpointImpl.NO_REENTRANT, **__: Any) -> None:
+def wrap_own_layers(part: Any, impl: CheckpointImpl = CheckpointImpl.NO_REENTRANT) -> None:
     for index, layer in enumerate(part.model.layers):
         if list(layer.parameters()):
             part.model.layers[index] = checkpoint_wrapper(layer, checkpoint_impl=impl)
 
 
-def wrap_own_layers_reentrant(part: Any, *_: Any, **__: Any) -> None:
-    wrap_own_layers(part, impl=CheckpointImpl.REENTRANT)
-
-
-def wrap_every_layer(part: Any, *_: Any, **__: Any) -> None:
+def wrap_every_layer(part: Any) -> None:
     """The foreign ones too: they are decoder layers like the others."""
     apply_activation_checkpointing(part, check_fn=lambda m: isinstance(m, LlamaDecoderLayer))
 
 
 def count_calls(part: nn.Module) -> list[str]:
-    """Fills up with the names of the parts' MLPs as they are called."""
+    """Fills up with the names of the part's MLPs as they are called."""
     calls: list[str] = []
     for name, module in part.named_modules():
         if name.endswith(".mlp"):
-            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+            module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
     return calls
 
 
@@ -379,56 +383,60 @@ def what_a_hook_would_inject():
 
 
 def checkpointed(
-    rank: int, world_size: int, schedules: list[str], enable: Callable[..., None], fault: bool
-) -> dict[str, list[str]]:
-    """What is wrong by schedule; every layer must have run twice per microbatch."""
+    rank: int, world_size: int, cases: list[tuple[Callable[[Any], None], str]], fault: bool = False
+) -> list[str]:
+    """What is wrong, by case; every layer must have run twice per microbatch."""
+    quiet_torch()
     mesh, model = data_and_pipeline_mesh(world_size), tiny_llama()
     expected, ids = unsplit_gradients(model, batches()), batches()[0]
-    wrong = {}
-    for schedule in schedules:
-        pipeline = build(model, mesh, schedule, parallelize_fn=enable)
+    wrong = []
+    for enable, schedule in cases:
+        pipeline = build(
+            model, mesh, schedule, parallelize_fn=lambda part, *_, f=enable, **__: f(part)
+        )
         calls = [count_calls(part) for part in pipeline.model_parts]
-        if fault:
-            with what_a_hook_would_inject():
-                step(pipeline, mesh, ids)
-        else:
+        with what_a_hook_would_inject() if fault else nullcontext():
             step(pipeline, mesh, ids)
-        wrong[schedule] = wrong_gradients(pipeline.model_parts, expected)
-        runs = sum(map(len, calls)) / (len({name for part in calls for name in part}) * ROWS)
+        found = wrong_gradients(pipeline.model_parts, expected)
+        runs = sum(map(len, calls)) / sum(len(set(names)) for names in calls) / MICROBATCHES
         if runs < 2:
-            wrong[schedule].append(f"layers ran {runs} times per microbatch: not checkpointed")
+            found.append(f"layers ran {runs} times per microbatch")
+        wrong += [f"{enable.__name__}, {schedule}, {what}" for what in found]
     return wrong
 
 
-CHECKPOINT_SCHEDULES = ["GPipe", "ZBVZeroBubble", "DualPipeV"]
-
-
-@pytest.mark.parametrize(
-    "enable", [hf_default, hf_not_reentrant, wrap_own_layers, wrap_every_layer]
-)
-def test_checkpointing_is_exact(enable):
-    assert ROWS // MICROBATCH >= 4  # fewer would hide a replay with another microbatch's input
-    wrong = run_ranks(checkpointed, 2, args=(CHECKPOINT_SCHEDULES, enable, False))
-    assert wrong == [dict.fromkeys(CHECKPOINT_SCHEDULES, [])] * 2
+def test_checkpointing_is_exact():
+    """1F1B would not show a replay with another microbatch's input: it has few in flight."""
+    cases = [
+        (hf_default, "GPipe"),
+        (hf_default, "ZBVZeroBubble"),
+        (hf_not_reentrant, "DualPipeV"),
+        (wrap_own_layers, "GPipe"),
+        (wrap_own_layers, "ZBVZeroBubble"),
+        (wrap_every_layer, "GPipe"),
+        (wrap_every_layer, "InterleavedZeroBubble"),
+        (wrap_every_layer, "DualPipeV"),
+        (hf_reentrant, "GPipe"),
+        (hf_reentrant, "Interleaved1F1B"),
+    ]
+    assert run_ranks(checkpointed, 2, args=(cases,)) == [[], []]
 
 
 def test_a_replay_with_another_microbatch_is_seen():
-    wrong = run_ranks(checkpointed, 2, args=(["GPipe"], wrap_own_layers, True))
-    assert wrong[1]["GPipe"] != []
+    wrong = run_ranks(checkpointed, 2, args=([(wrap_own_layers, "GPipe")], True))
+    assert any("model.layers.2.self_attn.q_proj.weight: off by" in what for what in wrong[1])
 
 
-def test_reentrant_checkpointing_within_the_layers_is_exact_where_torch_has_it():
-    """It cannot compute gradients of inputs alone, says torch of the schedules that need them."""
-    wrong = run_ranks(checkpointed, 2, args=(["GPipe", "Interleaved1F1B"], hf_reentrant, False))
-    assert wrong == [{"GPipe": [], "Interleaved1F1B": []}] * 2
+def test_reentrant_checkpointing_cannot_give_gradients_of_inputs_alone():
+    """Torch says so itself; what matters is that it does say so."""
     with pytest.raises(RankError, match="use_reentrant=True"):
-        run_ranks(checkpointed, 2, args=(["ZBVZeroBubble"], hf_reentrant, False))
+        run_ranks(checkpointed, 2, args=([(hf_reentrant, "ZBVZeroBubble")],))
 
 
 def test_reentrant_checkpointing_around_a_layer_is_refused():
     stage = split(tiny_llama(), 2, [1])[0]
-    wrap_own_layers_reentrant(stage)
-    hidden = torch.zeros(1, 11, 32, dtype=torch.float64)
+    wrap_own_layers(stage, CheckpointImpl.REENTRANT)
+    hidden = torch.zeros(1, SEQ, 32, dtype=torch.float64)
     with pytest.raises(PipelineConfigError, match="use_reentrant=False"):
         stage(hidden.requires_grad_())
     with torch.no_grad():
@@ -437,7 +445,7 @@ def test_reentrant_checkpointing_around_a_layer_is_refused():
 
 def test_a_layer_outside_of_its_stage_is_refused():
     stage = split(tiny_llama(), 2, [1])[0]
-    hidden = torch.zeros(1, 11, 32, dtype=torch.float64)
+    hidden = torch.zeros(1, SEQ, 32, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="outside of the stage's forward"):
         stage.model.layers[2](hidden, position_embeddings=(hidden, hidden))
     with pytest.raises(ValueError, match="takes 1 tensors from the stage before, got 2"):
@@ -459,7 +467,22 @@ FROZEN = {
         "lm_head.",
     ),
 }
-SPLIT_BACKWARD = ["InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]
+FROZEN_CASES = [
+    ("the first stage", "before the split", "1F1B"),
+    ("the first stage", "before the split", "InterleavedZeroBubble"),
+    ("the first stage", "before the split", "ZBVZeroBubble"),
+    ("the first stage", "before the split", "DualPipeV"),
+    ("the first stage", "after the split", "1F1B"),
+    ("the first stage", "after the split", "ZBVZeroBubble"),
+    ("the middle", "before the split", "InterleavedZeroBubble"),
+    ("the middle", "after the split", "ZBVZeroBubble"),
+    ("the last stage", "before the split", "1F1B"),
+    ("the last stage", "after the split", "DualPipeV"),
+    ("all but one layer", "before the split", "InterleavedZeroBubble"),
+    ("all but one layer", "before the split", "ZBVZeroBubble"),
+    ("all but one layer", "before the split", "DualPipeV"),
+    ("all but one layer", "after the split", "1F1B"),
+]
 
 
 def freeze(module: nn.Module, prefixes: tuple[str, ...]) -> None:
@@ -467,33 +490,32 @@ def freeze(module: nn.Module, prefixes: tuple[str, ...]) -> None:
         parameter.requires_grad_(not name.startswith(prefixes))
 
 
-def frozen(rank: int, world_size: int, which: str, before_the_split: bool) -> dict[str, list[str]]:
-    mesh, model = data_and_pipeline_mesh(world_size), tiny_llama()
-    plain = copy.deepcopy(model)
-    freeze(plain, FROZEN[which])
-    expected, ids = unsplit_gradients(plain, batches()), batches()[0]
-    wrong = {}
-    for schedule in ["1F1B", *SPLIT_BACKWARD]:
+def frozen(rank: int, world_size: int, cases: list[tuple[str, str, str]]) -> list[str]:
+    mesh, ids = data_and_pipeline_mesh(world_size), batches()[0]
+    models: dict[str, Any] = {}
+    expected: dict[str, Any] = {}
+    for which, prefixes in FROZEN.items():
+        models[which] = tiny_llama()
+        freeze(models[which], prefixes)
+        expected[which] = unsplit_gradients(models[which], batches())
+    wrong = []
+    for which, when, schedule in cases:
+        early = when == "before the split"
         pipeline = build(
-            plain if before_the_split else model,
+            models[which] if early else tiny_llama(),
             mesh,
             schedule,
-            parallelize_fn=lambda part, *_, **__: freeze(part, FROZEN[which]),
-            seq_len=11 if before_the_split else None,
+            parallelize_fn=lambda part, *_, p=FROZEN[which], **__: freeze(part, p),
+            seq_len=SEQ if early else None,
         )
-        for _ in range(2):  # the second is not the one that makes things ready
-            for part in pipeline.model_parts:
-                part.zero_grad(set_to_none=True)
-            step(pipeline, mesh, ids)
-        wrong[schedule] = wrong_gradients(pipeline.model_parts, expected)
+        step(pipeline, mesh, ids)
+        found = wrong_gradients(pipeline.model_parts, expected[which])
+        wrong += [f"{which} {when}, {schedule}, {what}" for what in found]
     return wrong
 
 
-@pytest.mark.parametrize("which", FROZEN)
-@pytest.mark.parametrize("before_the_split", [True, False])
-def test_frozen_parameters(which, before_the_split):
-    wrong = run_ranks(frozen, 2, args=(which, before_the_split))
-    assert wrong == [dict.fromkeys(["1F1B", *SPLIT_BACKWARD], [])] * 2
+def test_frozen_parameters_get_no_gradient_and_the_others_theirs():
+    assert run_ranks(frozen, 2, args=(FROZEN_CASES,)) == [[], []]
 
 
 # Data parallel: two replicas of a pipeline of two ranks
@@ -527,55 +549,56 @@ def data_parallel(
     world_size: int,
     schedules: list[str],
     parallelize_fn: Callable[..., Any],
-    changes: dict[str, Any],
-    reshard: bool,
-) -> dict[str, list[str]]:
-    logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)
-    mesh = data_and_pipeline_mesh(world_size)
-    model = tiny_llama(num_hidden_layers=changes.pop("num_hidden_layers", 4))
-    steps = batches(2)
-    expected = unsplit_gradients(model, steps, divisor=2)
-    wrong = {}
+    num_layers: int = 4,
+    fault: bool = False,
+) -> list[str]:
+    """What is wrong after two steps, by schedule; the fault frees weights after the forward."""
+    quiet_torch()
+    mesh, steps = data_and_pipeline_mesh(world_size), batches(2)
+    model = tiny_llama(num_hidden_layers=num_layers)
+    expected = unsplit_gradients(model, steps, replicas=2)
+    wrong = []
     for schedule in schedules:
-        pipeline = build(model, mesh, schedule, parallelize_fn=parallelize_fn, **changes)
-        for part in pipeline.model_parts:
-            if reshard:
+        pipeline = build(
+            model,
+            mesh,
+            schedule,
+            parallelize_fn=parallelize_fn,
+            layers_per_stage=1 if num_layers > 4 else None,
+        )
+        if fault:
+            for part in pipeline.model_parts:
                 part.set_reshard_after_forward(True)
         for ids in steps:
             step(pipeline, mesh, ids)
-        wrong[schedule] = wrong_gradients(pipeline.model_parts, expected)
+        found = wrong_gradients(pipeline.model_parts, expected)
+        wrong += [f"{schedule}, {what}" for what in found]
     return wrong
 
 
 def test_sharded_stages_accumulate_over_every_schedule():
     """With FSDP2's default, which frees a layer's weights after its forward."""
-    wrong = run_ranks(data_parallel, 4, args=(SCHEDULES, shard, {}, False))
-    assert wrong == [dict.fromkeys(SCHEDULES, [])] * 4
+    assert run_ranks(data_parallel, 4, args=(SCHEDULES, shard)) == [[]] * 4
 
 
 def test_weights_freed_before_a_late_weight_gradient_are_seen():
     """The planted fault undoes what keeps the weights of such schedules in memory."""
-    wrong = run_ranks(data_parallel, 4, args=(["1F1B", "ZBVZeroBubble"], shard, {}, True))
-    assert all(result["1F1B"] == [] for result in wrong)
-    assert all(result["ZBVZeroBubble"] != [] for result in wrong)
+    wrong = run_ranks(data_parallel, 4, args=(["1F1B", "ZBVZeroBubble"], shard, 4, True))
+    assert all({what.split(",")[0] for what in found} == {"ZBVZeroBubble"} for found in wrong)
 
 
 def test_sharded_and_checkpointed():
     schedules = ["GPipe", "InterleavedZeroBubble", "DualPipeV"]
-    wrong = run_ranks(data_parallel, 4, args=(schedules, shard_and_checkpoint, {}, False))
-    assert wrong == [dict.fromkeys(schedules, [])] * 4
+    assert run_ranks(data_parallel, 4, args=(schedules, shard_and_checkpoint)) == [[]] * 4
 
 
 def test_more_sharded_stages_than_are_kept_in_memory():
     """With four stages on a rank, torch frees some of them between a forward and its backward."""
-    many = {"num_hidden_layers": 8, "layers_per_stage": 1}
-    wrong = run_ranks(data_parallel, 4, args=(["InterleavedZeroBubble"], shard, many, False))
-    assert wrong == [{"InterleavedZeroBubble": []}] * 4
+    assert run_ranks(data_parallel, 4, args=(["InterleavedZeroBubble"], shard, 8)) == [[]] * 4
 
 
 def test_replicated_stages():
-    wrong = run_ranks(data_parallel, 4, args=(SINGLE, replicate, {}, False))
-    assert wrong == [dict.fromkeys(SINGLE, [])] * 4
+    assert run_ranks(data_parallel, 4, args=(SINGLE, replicate)) == [[]] * 4
 
 
 @pytest.mark.parametrize(
@@ -587,13 +610,4 @@ def test_replicated_stages():
 )
 def test_wrappers_that_lose_gradients_are_refused(schedule, parallelize_fn, remedy):
     with pytest.raises(RankError, match=rf"PipelineConfigError: [\s\S]*{remedy}"):
-        run_ranks(data_parallel, 4, args=([schedule], parallelize_fn, {}, False))
-
-
-def test_every_family_keeps_its_dtype_checks():
-    """A residual stream in float32 stays so after a cast to bfloat16 (mamba)."""
-    model = tiny_model("mamba", residual_in_fp32=True)
-    stages = [stage.bfloat16() for stage in split(model, 2)]
-    plain = copy.deepcopy(tiny_model("mamba", residual_in_fp32=True)).bfloat16()
-    ids = batches()[0]
-    assert torch.equal(run_chain(stages, ids), plain(ids).logits)
+        run_ranks(data_parallel, 4, args=([schedule], parallelize_fn))

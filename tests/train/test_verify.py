@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfpp.train.options import RunDtype
 from hfpp.train.events import StepMetrics
+from hfpp.train.options import RunDtype
 from hfpp.train.verify import TOLERANCES, compare_runs
 from hfpp.train.verify import compare_curves as compare_named_curves
 
