@@ -43,7 +43,7 @@ CASES = (
             attn_implementation="sdpa",
         ),
         batch=2,
-        seq=256,
+        seq=128,
         rounds=15,
     ),
     # So little work per layer that what is fixed shows.

@@ -20,6 +20,24 @@ import hfpp
 
 BATCH, MICROBATCH = 8, 1
 LENGTHS = (64, 96, 128)
+LEARNING_RATE = 2e-3
+
+
+def make_config() -> LlamaConfig:
+    """Eight layers over bytes, embedding and head tied."""
+    return LlamaConfig(
+        vocab_size=256,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
+
+
+def load_text() -> torch.Tensor:
+    """The prose of Python's own documentation as bytes, int64 [length]."""
+    return torch.tensor(list("\n\n".join(topics[name] for name in sorted(topics)).encode()))
 
 
 def get_batch(text: torch.Tensor, step: int) -> torch.Tensor:
@@ -54,14 +72,7 @@ def main() -> None:
     mesh = init_device_mesh(device.type, (int(os.environ["WORLD_SIZE"]),), mesh_dim_names=("pp",))
 
     torch.manual_seed(0)  # the same model on every rank
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        tie_word_embeddings=True,
-    )
+    config = make_config()
     model = LlamaForCausalLM(config)
     schedule, parts, has_first, has_last, stages = hfpp.pipeline_model(
         model,
@@ -82,9 +93,9 @@ def main() -> None:
     )
     del model  # frees the weights that this rank does not own
     parameters = [parameter for part in parts for parameter in part.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
 
-    text = torch.tensor(list("\n\n".join(topics.values()).encode()))
+    text = load_text()
     length = LENGTHS[0]
     for step in range(given.steps):
         ids = get_batch(text, step).to(device)

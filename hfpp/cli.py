@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _end(_INTERRUPTED, "interrupted")
     except PipelineConfigError as error:
         return _end(_BAD_OPTIONS, f"error: {error}")
-    except TrainingError as error:
+    except (TrainingError, OSError) as error:  # such as a full disk
         return _end(_FAILED, f"error: {error}")
     return 0
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,7 +33,7 @@ class ControlledSchedule(_Base):
         super().__init__(*args, **kwargs)
         self._step_contexts: list[StepContext] = []
         self._forward_actions: list[Action] | None = None
-        self._static = False  # whether the stages knew their shapes before torch made them ready
+        self._static = False  # whether torch took the stages' shapes as given and inferred none
 
     def step(
         self,
@@ -131,13 +131,17 @@ class ControlledSchedule(_Base):
         with self._initializing():
             cast("Any", super())._initialize_stages(*args, **kwargs)
 
-    def _initializing(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _initializing(self) -> Iterator[None]:
         """Torch comes here at every step; only before the first one there is something to do."""
         if compat.is_initialized(self):
-            return nullcontext()
+            yield
+            return
         stages = compat.local_stages(self)
-        self._static = all(map(compat.has_static_metadata, stages))
-        return compat.undisturbed(stages)
+        given = all(map(compat.has_static_metadata, stages))
+        with compat.undisturbed(stages):
+            yield
+        self._static = compat.ranks_agreed_on_static(stages, given=given)
 
     def _has_last_stage(self) -> bool:
         return any(stage.is_last for stage in compat.local_stages(self))

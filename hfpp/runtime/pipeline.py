@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
+import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 
 from hfpp.errors import PipelineConfigError
@@ -118,7 +119,7 @@ def pipeline_model(
         _check_seq_len(seq_len)
     except (PipelineConfigError, FileNotFoundError) as error:
         refusal = error
-    agree({**settings, **model_facts(model)}, refusal, mesh.get_group())
+    agree({**settings, **model_facts(model)}, refusal, _all_ranks(world_mesh, mesh))
     if parallelize_fn is not None:
         for index, stage in enumerate(stages):
             replaced = parallelize_fn(
@@ -163,6 +164,13 @@ def _pipeline_mesh(world_mesh: DeviceMesh, pp_axis_name: str) -> DeviceMesh:
             f"make the mesh with init_device_mesh(..., mesh_dim_names=(..., {pp_axis_name!r}))."
         )
     return world_mesh[pp_axis_name]
+
+
+def _all_ranks(world_mesh: DeviceMesh, pp_mesh: DeviceMesh) -> dist.ProcessGroup:
+    """Everybody who takes part: the other replicas too, where the mesh is the whole job."""
+    if world_mesh.size() == dist.get_world_size() and dist.group.WORLD is not None:
+        return dist.group.WORLD
+    return pp_mesh.get_group()
 
 
 def _check_axes(world_mesh: DeviceMesh, dp: tuple[str, ...], *others: str | None) -> None:

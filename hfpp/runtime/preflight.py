@@ -42,6 +42,9 @@ def model_facts(model: nn.Module) -> dict[str, str]:
 def agree(facts: Mapping[str, Any], error: Exception | None, group: dist.ProcessGroup) -> None:
     """Compare ``facts`` over the ranks of ``group``.
 
+    Ranks exchange digests; the facts themselves travel only where two digests differ, so that the
+    call costs little in a world of thousands.
+
     Args:
         facts: names and values that must be equal on all ranks.
         error: what this rank's own checks raised: the others then raise too, instead of waiting.
@@ -54,21 +57,27 @@ def agree(facts: Mapping[str, Any], error: Exception | None, group: dist.Process
     mine = {name: _short(value) for name, value in facts.items()}
     everyone: list[Any] = [None] * dist.get_world_size(group)
     message = None if error is None else str(error)
-    dist.all_gather_object(everyone, (message, mine), group=group)
+    dist.all_gather_object(everyone, (message, _digest(mine)), group=group)
     if error is not None:
         raise error
     for rank, (problem, _) in enumerate(everyone):
         if problem is not None:
-            raise PipelineConfigError(f"rank {rank} of the pipeline refused its setup: {problem}")
-    first = everyone[0][1]
-    for rank, (_, theirs) in enumerate(everyone):
-        for name in sorted({*first, *theirs}):
-            if first.get(name) != theirs.get(name):
-                raise PipelineConfigError(
-                    f"the ranks of the pipeline disagree on {name}: rank 0 has "
-                    f"{first.get(name)}, rank {rank} has {theirs.get(name)}. Give every rank the "
-                    f"same model and settings."
-                )
+            raise PipelineConfigError(f"rank {rank} refused its part of the setup: {problem}")
+    odd = next((r for r, (_, digest) in enumerate(everyone) if digest != everyone[0][1]), None)
+    if odd is None:
+        return
+    first, other = _facts_of(0, mine, group), _facts_of(odd, mine, group)
+    name = next(n for n in {**first, **other} if first.get(n) != other.get(n))
+    raise PipelineConfigError(
+        f"the ranks disagree on {name}: rank 0 has {first.get(name)}, rank {odd} has "
+        f"{other.get(name)}. Give every rank the same model and settings."
+    )
+
+
+def _facts_of(rank: int, mine: dict[str, str], group: dist.ProcessGroup) -> dict[str, str]:
+    box = [mine]
+    dist.broadcast_object_list(box, src=dist.get_global_rank(group, rank), group=group)
+    return box[0]
 
 
 def _short(value: Any) -> str:

@@ -36,7 +36,16 @@ def meta_skeleton(model: nn.Module) -> nn.Module:
             if id(parameter) in seen:
                 module._parameters[name] = _meta_parameter(parameter)
             seen.add(id(parameter))
+    _use_plain_attention(skeleton)
     return skeleton.eval()
+
+
+def _use_plain_attention(skeleton: nn.Module) -> None:
+    """Fused attention kernels cannot run without data; which one runs moves no layer."""
+    chosen = getattr(getattr(skeleton, "config", None), "_attn_implementation", None)
+    change = getattr(skeleton, "set_attn_implementation", None)
+    if change is not None and chosen not in (None, "eager", "sdpa"):
+        change("eager")
 
 
 def _meta_parameter(parameter: nn.Parameter) -> nn.Parameter:

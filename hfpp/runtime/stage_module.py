@@ -128,8 +128,13 @@ class _Running:
     """What the forward in progress received and captured; empty between forwards."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the forward, whether it went well or not."""
         self.received: tuple[Any, ...] | None = None
         self.with_gradients = False
+        self.injected: set[int] = set()  # layers that took what was received
         self.captured: dict[int, torch.Tensor] = {}
 
 
@@ -144,6 +149,7 @@ class _HollowRole:
 @dataclass(frozen=True, slots=True)
 class _OwnRole:
     running: _Running
+    layer: int
     hidden_path: Path
     injections: tuple[tuple[int, Path], ...]  # (position among the incoming slots, where)
 
@@ -237,6 +243,14 @@ def _result_like(template: Any, hidden: torch.Tensor, sizes: Mapping[int, int]) 
     return template
 
 
+class _StandIn(NamedTuple):
+    """What is left of a foreign parameter: a scalar zero that follows casts and moves."""
+
+    zero: torch.Tensor
+    shape: tuple[int, ...]
+    split_dtype: torch.dtype
+
+
 def hollow_parameters(module: nn.Module, names: list[str]) -> None:
     """Replace parameters of ``module`` by zeros of the same shape that hold no storage."""
     stand_ins = {}
@@ -244,7 +258,7 @@ def hollow_parameters(module: nn.Module, names: list[str]) -> None:
         parameter = module._parameters.pop(name)
         assert parameter is not None
         zero = torch.zeros((), dtype=parameter.dtype, device=parameter.device)
-        stand_ins[name] = (zero, tuple(parameter.shape))
+        stand_ins[name] = _StandIn(zero, tuple(parameter.shape), parameter.dtype)
     module.__dict__["_hfpp_stand_ins"] = stand_ins
     module.__class__ = _stand_in_class(type(module), names)
 
@@ -253,8 +267,8 @@ def _stand_in_class(base: type[nn.Module], names: list[str]) -> type[nn.Module]:
     class StandIns(base):  # type: ignore[misc, valid-type]
         def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
             stand_ins = self.__dict__["_hfpp_stand_ins"]
-            for name, (zero, shape) in stand_ins.items():
-                stand_ins[name] = (torch.zeros_like(fn(zero)), shape)
+            for name, stand_in in stand_ins.items():
+                stand_ins[name] = stand_in._replace(zero=torch.zeros_like(fn(stand_in.zero)))
             return super()._apply(fn, recurse)
 
     for name in names:
@@ -264,8 +278,8 @@ def _stand_in_class(base: type[nn.Module], names: list[str]) -> type[nn.Module]:
 
 def _stand_in(name: str) -> property:
     def get(self: nn.Module) -> torch.Tensor:
-        zero, shape = self.__dict__["_hfpp_stand_ins"][name]
-        expanded: torch.Tensor = zero.expand(shape)
+        stand_in: _StandIn = self.__dict__["_hfpp_stand_ins"][name]
+        expanded = stand_in.zero.expand(stand_in.shape)
         # transformers' weight initialisation leaves tensors alone that carry this mark
         expanded._is_hf_initialized = True  # type: ignore[attr-defined]
         return expanded
@@ -303,6 +317,7 @@ def _with_received(layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
     received = role.running.received
     if received is not None:
         setattr(dummy, _MARK, received)
+        role.running.injected.add(role.layer)
     else:
         received = getattr(dummy, _MARK, None)
     if role.running.with_gradients and not torch.is_grad_enabled():
@@ -360,8 +375,8 @@ class _OwnGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(_ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
-        """Give the tensor itself."""
-        return tensor.view_as(tensor)
+        """Give the tensor itself: no view, as models may write into their hidden state."""
+        return tensor.detach()
 
     @staticmethod
     def backward(_ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
@@ -403,34 +418,59 @@ def _run_stage(
                 f"stage {boundary.stage_index} of {boundary.num_stages} takes {len(slots)} "
                 f"tensors from the stage before, got {len(args)}."
             )
-        _move_stand_ins(stage, args[0].device)
+        _adapt_stand_ins(stage, boundary, args[0])
         received = tuple(_own_gradient(x) if x.requires_grad else x for x in args)
         ids = kwargs.pop(ids_name, None)
         if ids is None:
             ids = _ids_for(boundary, received)
-        args, running.received = (ids,), received
+        args, kwargs[ids_name], running.received = (), ids, received
         running.with_gradients = torch.is_grad_enabled()
     try:
-        result = own_forward(*args, **kwargs)
-    except _CutReached:
-        return _outgoing(boundary, running, ids)
+        try:
+            result = own_forward(*args, **kwargs)
+        except _CutReached:
+            _check_injected(stage, boundary, running)
+            return _outgoing(boundary, running, ids)
+        _check_injected(stage, boundary, running)
     finally:
-        running.received, running.captured, running.with_gradients = None, {}, False
+        running.clear()
     if not boundary.is_last:
-        raise RuntimeError(
-            f"the forward of stage {boundary.stage_index} ended before its cut (layer "
-            f"{boundary.layers.stop}): the model skipped a layer that it called when it was split."
-        )
+        raise _skipped(boundary, boundary.layers.stop)
     return primary_output(result)
 
 
-def _move_stand_ins(module: nn.Module, device: torch.device) -> None:
-    """Stand-ins are no parameters: what moves parameters one by one leaves them behind."""
-    for owner in module.__dict__["_hfpp_stand_in_owners"]:
+def _check_injected(stage: nn.Module, boundary: StageBoundary, running: _Running) -> None:
+    missed = stage.__dict__["_hfpp_injected"] - running.injected
+    if missed:
+        raise _skipped(boundary, min(missed))
+
+
+def _skipped(boundary: StageBoundary, layer: int) -> RuntimeError:
+    return RuntimeError(
+        f"the forward of stage {boundary.stage_index} did not call layer {layer}, which the model "
+        f"called when it was split: turn off what skips layers (layerdrop, early exits)."
+    )
+
+
+def _adapt_stand_ins(stage: nn.Module, boundary: StageBoundary, hidden: torch.Tensor) -> None:
+    """Stand-ins are no parameters: what moves or casts parameters one by one leaves them behind.
+
+    FSDP2 computes in another dtype than it stores. Where the hidden state had the model's dtype
+    and nobody has cast the stage, the one that arrives tells which; autocast is no cast.
+    """
+    assert boundary.anatomy is not None
+    model_dtype = boundary.anatomy.dtype
+    tells_dtype = boundary.slots_in()[0].dtype == model_dtype and not torch.is_autocast_enabled(
+        hidden.device.type
+    )
+    for owner in stage.__dict__["_hfpp_stand_in_owners"]:
         stand_ins = owner.__dict__["_hfpp_stand_ins"]
-        for name, (zero, shape) in stand_ins.items():
-            if zero.device != device:
-                stand_ins[name] = (zero.to(device), shape)
+        for name, (zero, _, split_dtype) in stand_ins.items():
+            untouched = zero.dtype == split_dtype == model_dtype
+            dtype = hidden.dtype if tells_dtype and untouched else zero.dtype
+            if (zero.device, zero.dtype) != (hidden.device, dtype):
+                moved = torch.zeros((), dtype=dtype, device=hidden.device)
+                stand_ins[name] = stand_ins[name]._replace(zero=moved)
 
 
 def _ids_for(boundary: StageBoundary, received: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -497,6 +537,8 @@ def make_stage(
         _hfpp_stand_in_owners=stand_in_owners,
     )
     anatomy = boundary.anatomy
+    injected: set[int] = set()
+    stage.__dict__["_hfpp_injected"] = injected
     if anatomy is None:
         return
     layers = stage.get_submodule(anatomy.layers_name)
@@ -520,7 +562,8 @@ def make_stage(
             )
             if injections:
                 path = anatomy.calls[index].hidden_path
-                inject_into(layer, _OwnRole(running, path, injections))
+                inject_into(layer, _OwnRole(running, index, path, injections))
+                injected.add(index)
         else:
             layer.__dict__["_hfpp_role"] = _HollowRole(
                 running,

@@ -47,6 +47,7 @@ __all__ = [
     "load_table",
     "local_stages",
     "merge_outputs",
+    "ranks_agreed_on_static",
     "other_infrastructure",
     "receive",
     "runtime_class",
@@ -295,6 +296,17 @@ def has_static_metadata(stage: object) -> bool:
     if hasattr(stage, "_user_meta"):
         return bool(target._user_meta.is_complete_for_forward())
     return getattr(stage, "inputs_meta", None) is not None
+
+
+def ranks_agreed_on_static(stages: Sequence[PipelineStage], *, given: bool) -> bool:
+    """Whether torch, having made the stages ready, took shapes as given rather than inferred them.
+
+    Args:
+        stages: this rank's.
+        given: whether this rank's stages knew their shapes; the answer where torch takes no vote.
+    """
+    modes = [getattr(stage, "_inference_mode", None) for stage in stages]
+    return given if None in modes else all(mode.value == "static" for mode in modes if mode)
 
 
 _INFRASTRUCTURE: Mapping[str, Callable[[Any], Any]] = {

@@ -1,4 +1,4 @@
-"""Which parameters lie before and after a cut, asked of autograd with real weights: the slow way."""
+"""Which parameters lie before and after a cut, asked of autograd with real weights."""
 
 from __future__ import annotations
 

@@ -12,7 +12,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from hfpp import pipeline_model
+from hfpp.plan.partition import uniform_offsets
+from hfpp.runtime.anatomy import find_anatomy
+from hfpp.runtime.ownership import find_ownership
 from hfpp.runtime.pipeline import Pipeline
+from hfpp.runtime.split_model import build_stages
 from tests.models import VOCAB, relative_error, tiny_model, token_ids
 
 SEQ = 11  # longer than the windows of the tiny models
@@ -97,6 +101,14 @@ def step(pipeline: Pipeline, mesh: DeviceMesh, ids: Tensor) -> None:
         *((mine,) if pipeline.has_first_stage else ()),
         target=mine if pipeline.has_last_stage else None,
     )
+
+
+def split(model: nn.Module, num_stages: int, only: list[int] | None = None) -> list[nn.Module]:
+    """The model's stages, all or some, in this process."""
+    anatomy = find_anatomy(model)
+    offsets = uniform_offsets(num_stages, anatomy.num_layers).row()
+    ownership = find_ownership(model, anatomy, offsets)
+    return build_stages(model, anatomy, ownership, only or list(range(num_stages)))
 
 
 def plain_name(name: str) -> str:

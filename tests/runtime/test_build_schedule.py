@@ -321,6 +321,26 @@ def test_eval_of_another_length_with_inferred_shapes(name: str) -> None:
     run_ranks(_evaluates_another_length, 2, args=(name,))
 
 
+def _evaluates_with_one_rank_static(rank: int, pp_size: int) -> None:
+    """torch then infers on all ranks: the rank that knows its shapes must not go its own way."""
+    data = batch(ROWS, seed=1)
+    votes = hasattr(
+        torch_schedules._PipelineSchedule, "_initialize_pp_stages"
+    )  # 2.11 waits forever without a vote
+    schedule, stages = build("1F1B", rank, pp_size, static=rank == 0 or not votes)
+    for _ in range(2):
+        zero_grad(stages)
+        step(schedule, stages, data)
+        assert_gradients(stages, reference([data], N).gradients)
+        outputs, _ = evaluate(schedule, stages, data, with_target=True)
+        if any(stage.is_last for stage in stages):
+            close(outputs, reference([data], N).logits)
+
+
+def test_eval_where_one_rank_only_knows_its_shapes() -> None:
+    run_ranks(_evaluates_with_one_rank_static, 2)
+
+
 def _without_loss(rank: int, pp_size: int, name: str) -> None:
     data = batch(ROWS, seed=1)
     schedule, stages = build(name, rank, pp_size, loss_fn=None)

@@ -557,6 +557,23 @@ def test_ranks_that_disagree_all_hear_of_it() -> None:
                 raise PipelineConfigError(result[name])
 
 
+def disagree_between_replicas(rank: int, size: int) -> str:
+    """Two replicas of a pipeline of two; the last rank of the second has another model."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "pp"))
+    model = tiny_model("llama", rms_norm_eps=1e-5 if rank == size - 1 else 1e-6)
+    try:
+        pipeline_model(model, mesh, None, **settings(dp_axis_names=("dp",)))
+    except PipelineConfigError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_replicas_that_disagree_all_hear_of_it() -> None:
+    results = run_ranks(disagree_between_replicas, 4, timeout_s=60)
+    assert len(set(results)) == 1
+    assert "config.rms_norm_eps: rank 0 has 1e-06, rank 3 has 1e-05" in results[0]
+
+
 def freed(rank: int, size: int) -> tuple[int, int]:
     """Bytes of live parameters before and after ``del model``, by weak references."""
     import gc

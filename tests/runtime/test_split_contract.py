@@ -78,7 +78,7 @@ def test_other_heads_and_none(auto: Any, head: str | None, family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_sequence_classification_finds_the_last_token(family: str) -> None:
-    """Its head reads the token ids to skip padding: they must be the real ones on the last stage."""
+    """Its head skips padding by the token ids: the last stage must have the real ones."""
     config = config_of(family, num_labels=5, pad_token_id=0)
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config).double().eval()

@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.partition import uniform_offsets
@@ -245,6 +248,74 @@ def test_a_cache_is_refused() -> None:
     stage = split(tiny_model("llama"), 2)[0]
     with pytest.raises(PipelineConfigError, match="use_cache"):
         stage(token_ids(2), use_cache=True)
+
+
+def test_an_attention_kernel_that_needs_data() -> None:
+    """The anatomy is read without running it; the stages run it."""
+
+    def fused(module: nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert query.data_ptr() != 0, "a kernel without data"
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, *args, **kwargs)
+
+    AttentionInterface.register("fused", fused)
+    AttentionMaskInterface.register("fused", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model = tiny_model("llama", attn_implementation="fused")
+    assert model.config._attn_implementation == "fused"
+    stages = split(model, 2)
+    assert stages[1].config._attn_implementation == "fused"
+    assert worst_error(model, stages, attention_mask=padding_mask(4)) < 1e-9
+
+
+class Adding(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x += memory * 0.5
+        return x + torch.tanh(self.inner(x)), memory
+
+
+def test_layers_that_write_into_their_input() -> None:
+    torch.manual_seed(0)
+    model = PlainModel().double()
+    model.blocks = nn.ModuleList(Adding(16) for _ in range(4)).double()
+    stages = split(model, 2)
+    ids = token_ids(4)
+    wanted = model(ids)
+    wanted.sum().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    sent = stages[0](ids)
+    received = [tensor.detach().requires_grad_() for tensor in sent]  # leaves, as in a pipeline
+    found = stages[1](*received)
+    assert relative_error(found, wanted) < 1e-12
+    found.sum().backward()
+    torch.autograd.backward(sent, [tensor.grad for tensor in received])
+    for name, gradient in expected.items():
+        assert relative_error(model.get_parameter(name).grad, gradient) < 1e-12, name
+
+
+class Dropping(PlainModel):
+    """Skips its first layers while training, as layerdrop does at times."""
+
+    skip = 0
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(ids)
+        memory = x.mean(-1, keepdim=True)
+        for block in self.blocks[self.skip :] if self.training else self.blocks:
+            x, memory = block(x, memory)
+        return self.out(x)
+
+
+def test_a_skipped_layer_is_an_error_and_no_other_result() -> None:
+    stages = split(Dropping(), 2)
+    sent = stages[0](token_ids(2))
+    assert stages[1](*sent).shape == (2, SEQ, VOCAB)
+    type(stages[1]).skip = 3
+    with pytest.raises(RuntimeError, match="did not call layer 2"):
+        stages[1](*sent)
 
 
 class Twice(PlainModel):

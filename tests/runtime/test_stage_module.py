@@ -19,17 +19,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hfpp import PipelineConfigError
-from hfpp.plan.partition import uniform_offsets
 from hfpp.runtime import stage_module
-from hfpp.runtime.anatomy import find_anatomy
-from hfpp.runtime.ownership import find_ownership
-from hfpp.runtime.split_model import build_stages
 from tests.models import padding_mask, relative_error
 from tests.ranks import RankError, run_ranks
 from tests.runtime.real_pipelines import (
@@ -43,19 +39,12 @@ from tests.runtime.real_pipelines import (
     build,
     data_and_pipeline_mesh,
     loss,
+    split,
     step,
     tiny_llama,
     unsplit_gradients,
     wrong_gradients,
 )
-
-
-def split(model: nn.Module, num_stages: int, only: list[int] | None = None) -> list[nn.Module]:
-    anatomy = find_anatomy(model)
-    ownership = find_ownership(
-        model, anatomy, uniform_offsets(num_stages, anatomy.num_layers).row()
-    )
-    return build_stages(model, anatomy, ownership, only or list(range(num_stages)))
 
 
 def run_chain(stages: list[nn.Module], *values: Any, **kwargs: Any) -> Any:
@@ -595,6 +584,50 @@ def test_sharded_and_checkpointed():
 def test_more_sharded_stages_than_are_kept_in_memory():
     """With four stages on a rank, torch frees some of them between a forward and its backward."""
     assert run_ranks(data_parallel, 4, args=(["InterleavedZeroBubble"], shard, 8)) == [[]] * 4
+
+
+POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def shard_in_bfloat16(part: Any, world_mesh: Any, moe_mesh: Any, **_: Any) -> None:
+    for layer in part.model.layers:
+        fully_shard(layer, mesh=world_mesh["dp"], mp_policy=POLICY)
+    fully_shard(part, mesh=world_mesh["dp"], mp_policy=POLICY)
+
+
+def mixed_precision(rank: int, world_size: int) -> list[str]:
+    """Outputs that differ from those of the unsplit model, sharded in the same way."""
+    mesh = data_and_pipeline_mesh(world_size)
+    replica, replicas = mesh.get_local_rank("dp"), mesh["dp"].size()
+    model = tiny_llama(attn_implementation="eager").float()
+    plain = copy.deepcopy(model)
+    shard_in_bfloat16(plain, mesh, None)
+    ids = batches()[0].chunk(replicas)[replica]
+    mask = padding_mask(ROWS, SEQ, side="left").chunk(replicas)[replica]
+    rows = zip(ids.chunk(MICROBATCHES), mask.chunk(MICROBATCHES), strict=True)
+    wanted = torch.cat([plain(x, attention_mask=m).logits for x, m in rows])
+    wrong = []
+    for schedule in ("1F1B", "ZBVZeroBubble"):
+        pipeline = build(
+            model,
+            mesh,
+            schedule,
+            parallelize_fn=shard_in_bfloat16,
+            tensor_dtype=torch.bfloat16,
+        )
+        found = pipeline.schedule.step(
+            *((ids,) if pipeline.has_first_stage else ()),
+            target=ids if pipeline.has_last_stage else None,
+            attention_mask=mask,
+        )
+        if pipeline.has_last_stage and not torch.equal(found, wanted):
+            wrong.append(f"{schedule}: off by {relative_error(found, wanted):.1e}")
+    return wrong
+
+
+def test_mixed_precision_reaches_the_masks():
+    """The unsplit model makes its mask in bfloat16: -inf, cast from float32, would give NaN."""
+    assert run_ranks(mixed_precision, 4) == [[]] * 4
 
 
 def test_replicated_stages():
