@@ -115,11 +115,10 @@ def test_scripts(code: str, tmp_path: Path) -> None:
     assert (tmp_path / "dualpipev.svg").read_text(encoding="utf-8").startswith("<svg")
 
 
-def test_sessions() -> None:
-    parser = doctest.DocTestParser()
-    for number, block in enumerate(b for b in BLOCKS if b.language == "pycon"):
-        session = parser.get_doctest(block.code, {}, f"session {number}", "README.md", 0)
-        assert doctest.DocTestRunner().run(session) == (0, len(session.examples))
+def test_interactive_blocks() -> None:
+    for block in (b for b in BLOCKS if b.language == "pycon"):
+        shown = doctest.DocTestParser().get_doctest(block.code, {}, "block", "README.md", 0)
+        assert doctest.DocTestRunner().run(shown) == (0, len(shown.examples))
 
 
 def test_a_command_that_fails_or_hangs_is_seen(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ __all__ = [
     "MULTIMODAL_NAMES",
     "VirtualStages",
     "calculate_virtual_stages",
+    "check_rounding",
     "generate_hf_model_fqn_of_stage",
     "generate_hf_model_fqn_per_model_part",
     "layers_of_stage",
@@ -220,11 +221,7 @@ def calculate_virtual_stages(
     pp_size = _core.checked_integer("pp_size", pp_size, minimum=1)
     if layers_per_stage is not None:
         layers_per_stage = _core.checked_integer("layers_per_stage", layers_per_stage, minimum=1)
-    if round_to_pp_multiple not in (None, "up", "down"):
-        raise PipelineConfigError(
-            f"round_to_pp_multiple ({round_to_pp_multiple!r}) must be 'up', 'down' or None: "
-            "use round_to_pp_multiple='up' or round_to_pp_multiple='down'."
-        )
+    check_rounding(round_to_pp_multiple)
     stages = _virtual_stages(
         num_layers, layers_per_stage, pp_size, is_single_stage_schedule, round_to_pp_multiple
     )
@@ -235,6 +232,19 @@ def calculate_virtual_stages(
         advice = _advice(num_layers, pp_size, is_single_stage_schedule, round_to_pp_multiple)
         raise PipelineConfigError(f"{broken_rule}: use {advice}.")
     return VirtualStages(stages, stages // pp_size)
+
+
+def check_rounding(round_to_pp_multiple: str | None) -> None:
+    """Refuses an unknown way of rounding, also where nothing is to be rounded.
+
+    Raises:
+        PipelineConfigError: If it is none of 'up', 'down' and None.
+    """
+    if round_to_pp_multiple not in (None, "up", "down"):
+        raise PipelineConfigError(
+            f"round_to_pp_multiple ({round_to_pp_multiple!r}) must be 'up', 'down' or None: "
+            "use round_to_pp_multiple='up' or round_to_pp_multiple='down'."
+        )
 
 
 def _virtual_stages(

@@ -35,47 +35,66 @@ def module_names_of(ownership: Ownership, anatomy: Anatomy) -> list[list[str]]:
     return lists
 
 
-def offsets_of(names: list[list[str]], anatomy: Anatomy) -> tuple[int, ...]:
+def offsets_of(names: list[list[str]], anatomy: Anatomy, argument: str) -> tuple[int, ...]:
     """Layer offsets of the stages, stage s having ``offsets[s]`` to ``offsets[s + 1] - 1``.
+
+    Args:
+        names: module names by stage.
+        anatomy: of the model that they are for.
+        argument: what the caller calls the names.
 
     Raises:
         PipelineConfigError: if the layers are not each on one stage, in order, or the model lacks
             a name; with FQN and stage.
     """
+    if not all(isinstance(name, str) for modules in names for name in modules):
+        raise PipelineConfigError(f"{argument} must be one list of module names per stage.")
     prefix, total = f"{anatomy.layers_name}.", anatomy.num_layers
     offsets = [0]
     for stage, modules in enumerate(names):
         following = offsets[-1]
         for name in modules:
             if not name.startswith(prefix):
-                _check_exists(stage, name, anatomy)
+                _check_exists(f"{argument}[{stage}]", name, anatomy)
                 continue
             index = name[len(prefix) :]
             if not index.isdecimal() or int(index) >= total:
-                raise _error(stage, name, f"is no layer: {prefix}0 to {prefix}{total - 1} are")
+                raise _error(
+                    f"{argument}[{stage}]",
+                    name,
+                    f"is no layer: {prefix}0 to {prefix}{total - 1} are",
+                )
             if int(index) != following:
                 if following == total:
                     rule = "is listed twice"
                 else:
                     rule = f"stands where {prefix}{following} must: list each layer once, in order"
-                raise _error(stage, name, rule)
+                raise _error(f"{argument}[{stage}]", name, rule)
             following += 1
         if following == offsets[-1]:
             raise PipelineConfigError(
-                f"module_names_per_stage[{stage}] has no layer of {anatomy.layers_name!r}: every "
+                f"{argument}[{stage}] has no layer of {anatomy.layers_name!r}: every "
                 f"stage needs at least one; use fewer stages or move a layer there."
             )
         offsets.append(following)
     if offsets[-1] != total:
         raise PipelineConfigError(
-            f"module_names_per_stage lacks {prefix}{offsets[-1]} ({anatomy.model_name} has {total} "
+            f"{argument} lacks {prefix}{offsets[-1]} ({anatomy.model_name} has {total} "
             f"layers): add it to stage {len(names) - 1}."
         )
     return tuple(offsets)
 
 
-def check_module_names(names: list[list[str]], anatomy: Anatomy, ownership: Ownership) -> None:
-    """Compare a list with what the stages' forwards need.
+def check_module_names(
+    names: list[list[str]], anatomy: Anatomy, ownership: Ownership, argument: str
+) -> None:
+    """Compare names with what the stages' forwards need.
+
+    Args:
+        names: module names by stage.
+        anatomy: of the model that they are for.
+        ownership: parameters by stage, as the forward needs them.
+        argument: what the caller calls the names.
 
     Raises:
         PipelineConfigError: for a module that its stage's forward needs and the list lacks, or one
@@ -88,21 +107,27 @@ def check_module_names(names: list[list[str]], anatomy: Anatomy, ownership: Owne
         seen: set[str] = set()
         for name in modules:
             if name in seen:
-                raise _error(stage, name, "is listed twice: list it once")
+                raise _error(f"{argument}[{stage}]", name, "is listed twice: list it once")
             seen.add(name)
             if name.startswith(prefix):
                 continue
             if prefix.startswith(f"{name}."):
-                raise _error(stage, name, "holds the layers: list what is inside it by itself")
+                raise _error(
+                    f"{argument}[{stage}]",
+                    name,
+                    "holds the layers: list what is inside it by itself",
+                )
             for parameter in parameters:
                 if _covers(name, parameter) and needed.get(parameter, {stage}).isdisjoint({stage}):
                     right = min(needed[parameter])
-                    raise _error(stage, name, f"is needed by stage {right}: list it there")
+                    raise _error(
+                        f"{argument}[{stage}]", name, f"is needed by stage {right}: list it there"
+                    )
         for parameter, stages in needed.items():
             if stage in stages and not any(_covers(name, parameter) for name in modules):
                 module = _component(parameter, anatomy)
                 raise PipelineConfigError(
-                    f"module_names_per_stage[{stage}] lacks {module!r}, which the forward of "
+                    f"{argument}[{stage}] lacks {module!r}, which the forward of "
                     f"{anatomy.model_name} needs on stage {stage}: add it there."
                 )
 
@@ -130,12 +155,12 @@ def _covers(name: str, parameter: str) -> bool:
     return parameter == name or parameter.startswith(f"{name}.")
 
 
-def _check_exists(stage: int, name: str, anatomy: Anatomy) -> None:
+def _check_exists(where: str, name: str, anatomy: Anatomy) -> None:
     exists = _find(anatomy.skeleton, name) is not None or any(
         name == parameter for parameter, _ in anatomy.skeleton.named_parameters()
     )
     if not exists and name.rpartition(".")[2] not in _MAY_BE_MISSING:
-        raise _error(stage, name, f"is no module of {anatomy.model_name}: check the spelling")
+        raise _error(where, name, f"is no module of {anatomy.model_name}: check the spelling")
 
 
 def _find(model: nn.Module, name: str) -> nn.Module | None:
@@ -145,5 +170,5 @@ def _find(model: nn.Module, name: str) -> nn.Module | None:
     return module
 
 
-def _error(stage: int, name: str, rule: str) -> PipelineConfigError:
-    return PipelineConfigError(f"module_names_per_stage[{stage}]: {name!r} {rule}.")
+def _error(where: str, name: str, rule: str) -> PipelineConfigError:
+    return PipelineConfigError(f"{where}: {name!r} {rule}.")

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 
 from hfpp.errors import PipelineConfigError
+from hfpp.plan.schedule import find_schedule
 from hfpp.runtime.build_schedule import build_pipeline_schedule, check_pipeline_schedule
 from hfpp.runtime.data_parallel import ReducingStage
 from hfpp.runtime.preflight import agree, model_facts
@@ -95,6 +96,7 @@ def pipeline_model(
     parts: list[nn.Module] = []
     try:
         _check_axes(world_mesh, dp_axis_names, cp_axis_name, tp_axis_name)
+        _check_schedule_is_named(pipeline_parallel_schedule_csv, pipeline_parallel_schedule)
         stages, parts = split_model_into_stages(
             model,
             mesh,
@@ -108,6 +110,7 @@ def pipeline_model(
             round_to_pp_multiple,
             pipeline_parallel_schedule_csv=pipeline_parallel_schedule_csv,
             stage_class=ReducingStage if reduce_grad_per_microbatch else PipelineStage,
+            names_argument="module_fqns_per_model_part",
         )
         check_pipeline_schedule(
             pipeline_parallel_schedule_csv,
@@ -184,6 +187,16 @@ def _check_axes(world_mesh: DeviceMesh, dp: tuple[str, ...], *others: str | None
             raise PipelineConfigError(
                 f"axis {name!r} is not in world_mesh, which has {list(names)}: leave it None."
             )
+
+
+def _check_schedule_is_named(csv: str | PathLike[str] | None, name: str | None) -> None:
+    if csv is None and name is None:
+        raise PipelineConfigError(
+            "pipeline_parallel_schedule and pipeline_parallel_schedule_csv are both None: use "
+            "pipeline_parallel_schedule='1F1B', another schedule's name, or a CSV file."
+        )
+    if csv is None and name is not None:
+        find_schedule(name)
 
 
 def _check_seq_len(seq_len: int | None) -> None:

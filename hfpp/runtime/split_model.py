@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage
 
 from hfpp.errors import PipelineConfigError
-from hfpp.plan.partition import calculate_virtual_stages, uniform_offsets
+from hfpp.plan.partition import calculate_virtual_stages, check_rounding, uniform_offsets
 from hfpp.plan.placement import Placement, stage_ids_this_rank
 from hfpp.plan.schedule import find_schedule, read_csv
 from hfpp.runtime.anatomy import Anatomy, find_anatomy, first_argument, forward_constants
@@ -50,11 +50,14 @@ def split_model_into_stages(
     pipeline_parallel_schedule_csv: str | PathLike[str] | None = None,
     anatomy: Anatomy | None = None,
     stage_class: type[PipelineStage] = PipelineStage,
+    names_argument: str = "module_names_per_stage",
 ) -> tuple[list[PipelineStage], list[nn.Module]]:
     """Split ``model``: see `hfpp.functional.split_model_into_stages`.
 
-    Args beyond those: ``anatomy``, where it is known, and the ``stage_class`` to wrap modules in.
+    Beyond it: ``anatomy``, where it is known; the ``stage_class`` to wrap modules in; and what the
+    caller calls ``module_names_per_stage``.
     """
+    check_rounding(round_to_pp_multiple)
     mesh = pp_mesh[pp_axis_name] if pp_mesh.ndim > 1 else pp_mesh
     pp_size, pp_rank, group = mesh.size(), mesh.get_local_rank(), mesh.get_group()
     placement, stages_per_rank, single = _layout(pp_schedule, pipeline_parallel_schedule_csv)
@@ -81,10 +84,13 @@ def split_model_into_stages(
     elif anatomy is None:
         modules = [_whole_model(model, group)]
     else:
-        names = module_names_per_stage or _generated_names(model, anatomy, num_stages)
-        offsets = offsets_of(names, anatomy)
+        names = module_names_per_stage
+        if names is None:
+            names_argument = "customize_pipeline_stage_modules"
+            names = _generated_names(model, anatomy, num_stages)
+        offsets = offsets_of(names, anatomy, names_argument)
         ownership = find_ownership(model, anatomy, offsets)
-        check_module_names(names, anatomy, ownership)
+        check_module_names(names, anatomy, ownership, names_argument)
         modules = build_stages(model, anatomy, ownership, ids, group)
     stages = [
         _pipeline_stage(stage_class, module, index, num_stages, device, group)
@@ -106,10 +112,10 @@ def _layout(
         return table.placement, table.stages_per_rank, table.stages_per_rank == 1
     if schedule is None:
         raise PipelineConfigError(
-            "pp_schedule is None and there is no pipeline_parallel_schedule_csv: name a schedule "
-            "(for example '1F1B') or give a CSV file."
+            "pp_schedule is None and there is no pipeline_parallel_schedule_csv: use "
+            "pp_schedule='1F1B', another schedule's name, or a CSV file."
         )
-    spec = find_schedule(schedule)
+    spec = find_schedule(schedule, argument="pp_schedule")
     return spec.placement, spec.stages_per_rank, spec.single_stage
 
 

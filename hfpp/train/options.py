@@ -56,9 +56,9 @@ class TrainOptions:
     microbatch_size: int = 2
     batch_size: int = 16
     seq_len: int = 128
-    steps: int = 100
+    steps: int = 90
     lr: float = 1e-3
-    warmup_steps: int = 20
+    warmup_steps: int = 10
     dtype: RunDtype = RunDtype.FLOAT32
     seed: int = 0
     max_grad_norm: float = 1.0

@@ -1,4 +1,4 @@
-"""What torch itself makes of a schedule: its order of actions, for all ranks, without any process."""
+"""What torch itself makes of a schedule: the order of actions of all ranks, without processes."""
 
 from __future__ import annotations
 

@@ -124,8 +124,9 @@ def wrong_gradients(parts: Iterable[nn.Module], expected: Mapping[str, Tensor | 
     """Every parameter whose gradient is not what the unsplit model has, and by how much."""
     wrong = []
     for part in parts:
-        for name, parameter in part.named_parameters(remove_duplicate=False):
-            want, got = expected[plain_name(name)], parameter.grad
+        for full_name, parameter in part.named_parameters(remove_duplicate=False):
+            name = plain_name(full_name)
+            want, got = expected[name], parameter.grad
             if (want is None) != (got is None):
                 wrong.append(f"{name}: {'has a' if want is None else 'lost its'} gradient")
             elif want is not None and got is not None:

@@ -405,7 +405,7 @@ def _listed(*changes: tuple[int, list[str]]) -> list[list[str]]:
 
 REFUSALS = {
     "misspelt layer": Refusal(
-        r"\[0\].*model.layer.0",
+        r"module_fqns_per_model_part\[0\]: 'model.layer.0' is no module",
         module_fqns_per_model_part=_listed((0, ["model.embed_tokens", "model.layer.0"])),
     ),
     "missing layer": Refusal(
@@ -427,7 +427,7 @@ REFUSALS = {
         ),
     ),
     "missing norm": Refusal(
-        r"\[1\] lacks 'model.norm'",
+        r"module_fqns_per_model_part\[1\] lacks 'model.norm'",
         module_fqns_per_model_part=_listed((1, [n for n in UNEVEN[1] if n != "model.norm"])),
     ),
     "missing embedding": Refusal(
@@ -448,7 +448,7 @@ REFUSALS = {
     ),
     "unknown schedule": Refusal("unknown", pipeline_parallel_schedule="2F2B"),
     "abstract schedule": Refusal("abstract", pipeline_parallel_schedule="PipelineScheduleMulti"),
-    "no schedule": Refusal("pp_schedule is None", pipeline_parallel_schedule=None),
+    "no schedule": Refusal("both None", pipeline_parallel_schedule=None),
     "uneven batch": Refusal("must be divisible by", local_batch_size=7),
     "too few microbatches": Refusal("1F1B needs", local_batch_size=2),
     "too few for DualPipeV": Refusal(

@@ -50,7 +50,7 @@ def test_the_contract_s_own_list_is_accepted_whole() -> None:
     """With the names of multimodal encoders that a text model does not have."""
     lists = generate_hf_model_fqn_per_model_part(2, 4)
     assert "model.vision_tower" in lists[0]
-    assert offsets_of(lists, find_anatomy(tiny_model("llama"))) == (0, 2, 4)
+    assert offsets_of(lists, find_anatomy(tiny_model("llama")), "names") == (0, 2, 4)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_hooks_own_forwards_and_placement() -> None:
     for result in (first, last):
         assert result["self shares"]
         assert result["forward"]
-        assert "give a CSV file" in result["no schedule"]
+        assert "use pp_schedule='1F1B'" in result["no schedule"]
     assert first["runs"] == (2, 21, 8)
     assert last["runs"] == (2, 21, VOCAB)
     assert first["hook"] == (("model.", True), [0])

@@ -95,10 +95,10 @@ def test_a_cast_reaches_weights_stand_ins_and_hollow_layers(dtype):
 
 
 def test_one_stages_cast_leaves_the_others_alone():
-    first, second = split(tiny_llama(), 2)
+    first, second = split(tiny_llama(), 4, [0, 1])  # the last layer is foreign to both
     first.to(torch.bfloat16)
-    assert foreign_layers(first)[0].mlp.up_proj.weight.dtype == torch.bfloat16
-    assert foreign_layers(second)[0].mlp.up_proj.weight.dtype == torch.float64
+    assert first.model.layers[3].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert second.model.layers[3].mlp.up_proj.weight.dtype == torch.float64
     assert second.model.embed_tokens.weight.dtype == torch.float64
 
 

@@ -163,7 +163,7 @@ def test_a_missing_sum_is_seen():
 
 
 def tied_and_sharded(rank: int, world_size: int) -> list[str]:
-    schedules = ["1F1B", "Interleaved1F1B", "ZBVZeroBubble"]
+    schedules = ["1F1B", "ZBVZeroBubble"]
     cases = [("llama", schedule) for schedule in schedules]
     return tied(rank, world_size, cases, parallelize_fn=shard, trains=True)
 

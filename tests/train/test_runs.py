@@ -24,8 +24,8 @@ from hfpp.train.verify import compare_runs, reference_run
 from tests.ranks import run_ranks
 from tests.train.sessions import members, nothing_left, session, wait_for_line
 
-SMALL = {"seq_len": 12, "steps": 3, "lr": 0.01, "warmup_steps": 2}
-FLAGS = ["--seq-len", "12", "--steps", "3", "--lr", "0.01", "--warmup-steps", "2"]
+SMALL = {"seq_len": 12, "steps": 2, "lr": 0.01, "warmup_steps": 2}
+FLAGS = ["--seq-len", "12", "--steps", "2", "--lr", "0.01", "--warmup-steps", "2"]
 LLAMA = LlamaConfig(
     vocab_size=256,
     hidden_size=8,
@@ -64,7 +64,7 @@ def schedules_of_one_world(rank, world_size, options, inputs, schedules):
         (1, 1, tuple(SCHEDULES)),
         (2, 2, tuple(SCHEDULES)),
         (4, 4, tuple(SCHEDULES)),
-        (2, 4, ("1F1B", "Interleaved1F1B", "ZBVZeroBubble")),
+        (2, 4, ("Interleaved1F1B", "ZBVZeroBubble")),
     ],
 )
 def test_every_schedule_trains_like_the_plain_model(pp, world_size, schedules, llama, tmp_path):
@@ -100,12 +100,12 @@ def test_a_run_leaves_its_results(llama, tmp_path, capsys):
     assert "stage" in printed.out
     assert printed.err == ""
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [step["step"] for step in metrics] == [1, 2, 3]
+    assert [step["step"] for step in metrics] == [1, 2]
     assert all(step["grad_norm"] > 0 and step["tokens_per_second"] > 0 for step in metrics)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["verify"]["holds"] is True
     assert summary["verify"]["curves"][0]["largest_difference"] < 1e-5
-    assert len(summary["verify"]["plain_losses"]) == 3
+    assert len(summary["verify"]["plain_losses"]) == 2
     assert summary["result"]["final_loss"] == metrics[-1]["loss"] < metrics[0]["loss"]
     assert [row["layers"] for row in summary["pipeline"]["stages"]] == [[0, 4], [4, 8]]
     assert summary["options"]["pp"] == 2
@@ -125,10 +125,9 @@ def test_a_run_leaves_its_results(llama, tmp_path, capsys):
     assert (out / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("changes", [{"lr": 0.0101}, {"warmup_steps": 3}])
-def test_verify_fails_loudly_when_the_curves_differ(changes, llama, tmp_path, capsys, monkeypatch):
+def test_verify_fails_loudly_when_the_curves_differ(llama, tmp_path, capsys, monkeypatch):
     def altered(options, inputs, **settings):
-        return reference_run(replace(options, **changes), inputs, **settings)
+        return reference_run(replace(options, lr=options.lr * 1.01), inputs, **settings)
 
     monkeypatch.setattr(launcher, "reference_run", altered)
     out = tmp_path / "out"
