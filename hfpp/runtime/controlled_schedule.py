@@ -61,6 +61,7 @@ class ControlledSchedule(_Base):
                 "target to step, or call eval for a forward without a loss"
             )
         self._check_batch(args, target)
+        self._check_shapes(args)
         with ExitStack() as contexts:
             for make in self._step_contexts:
                 contexts.enter_context(make())
@@ -104,6 +105,8 @@ class ControlledSchedule(_Base):
         with ExitStack() as contexts:
             ready = compat.is_initialized(self)
             static = self._static if ready else all(map(compat.has_static_metadata, stages))
+            if static:
+                self._check_shapes(args)
             if not (ready and static):
                 # Shapes that were inferred in training need not be those of this batch.
                 contexts.enter_context(compat.other_infrastructure(self, infer=not static))
@@ -169,6 +172,23 @@ class ControlledSchedule(_Base):
                     f"{name} has {rows} rows, which cannot be cut into {n} equal microbatches: "
                     f"pass a multiple of {n} rows, or build the schedule for another "
                     "local_batch_size or microbatch_size"
+                )
+
+    def _check_shapes(self, args: tuple[Any, ...]) -> None:
+        """Other shapes than the known ones would arrive garbled at the next stage."""
+        stage = compat.local_stages(self)[0]
+        known = compat.input_shapes(stage)
+        if not stage.is_first or stage.num_stages == 1 or known is None:
+            return
+        for index, (value, shape) in enumerate(zip(args, known, strict=False)):
+            if not isinstance(value, torch.Tensor):
+                continue
+            found = (value.shape[0] // self._n_microbatches, *value.shape[1:])
+            if found != shape:
+                raise PipelineConfigError(
+                    f"args[{index}] has microbatches of shape {list(found)}, but the stages are "
+                    f"set up for {list(shape)}: call reset_pp_stage_shapes for the new sizes on "
+                    f"every rank first, or pass {list(shape)}"
                 )
 
 

@@ -137,6 +137,8 @@ def pipeline_model(
             )
             parts[index] = parts[index] if replaced is None else replaced
             stage.submod = parts[index]
+    for part in parts:
+        _move(part, device)
     if seq_len is not None:
         precompute_stage_shapes(
             stages, getattr(model, "config", None), microbatch_size, seq_len, tensor_dtype
@@ -174,6 +176,18 @@ def _all_ranks(world_mesh: DeviceMesh, pp_mesh: DeviceMesh) -> dist.ProcessGroup
     if world_mesh.size() == dist.get_world_size() and dist.group.WORLD is not None:
         return dist.group.WORLD
     return pp_mesh.get_group()
+
+
+def _move(part: nn.Module, device: torch.device) -> None:
+    """Bring to ``device`` what is neither there nor on the meta device, whose owner fills it.
+
+    After parallelize_fn: sharding moves shards by itself, and moving a whole part before would cost
+    the memory that sharding saves.
+    """
+    tensors = (*part.parameters(), *part.buffers())
+    elsewhere = [t for t in tensors if t.device.type not in (device.type, "meta")]
+    if elsewhere and not any(t.is_meta for t in tensors):
+        part.to(device)
 
 
 def _check_axes(world_mesh: DeviceMesh, dp: tuple[str, ...], *others: str | None) -> None:

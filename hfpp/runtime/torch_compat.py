@@ -298,6 +298,16 @@ def has_static_metadata(stage: object) -> bool:
     return getattr(stage, "inputs_meta", None) is not None
 
 
+def input_shapes(stage: object) -> list[tuple[int, ...]] | None:
+    """Shapes of a microbatch's inputs that a stage was given, or inferred on a first step."""
+    target = cast("Any", stage)
+    if hasattr(stage, "_user_meta"):
+        metas = target._user_meta.inputs or target._stage_meta.inputs
+    else:
+        metas = getattr(stage, "inputs_meta", None)
+    return None if metas is None else [tuple(meta.shape) for meta in metas]
+
+
 def ranks_agreed_on_static(stages: Sequence[PipelineStage], *, given: bool) -> bool:
     """Whether torch, having made the stages ready, took shapes as given rather than inferred them.
 

@@ -69,7 +69,7 @@ def unsplit_gradients(
 def build(
     model: nn.Module,
     mesh: DeviceMesh,
-    schedule: str,
+    schedule: str | None,
     *,
     parallelize_fn: Callable[..., Any] | None = None,
     copy_model: bool = True,

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from hfpp import causal_lm_loss, pipeline_model, reset_pp_stage_shapes, scale_grads_by_divisor
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.schedule import compute_table, find_schedule, write_csv
-from hfpp.runtime.pipeline import Pipeline
+from hfpp.runtime.pipeline import Pipeline, _move
 from tests.models import (
     FAMILIES,
     SEQ,
@@ -27,6 +27,7 @@ from tests.models import (
     tolerance_of,
 )
 from tests.ranks import run_ranks
+from tests.runtime.test_split_model import split
 
 SINGLE = ("GPipe", "1F1B")
 SCHEDULES = (
@@ -246,6 +247,33 @@ def two_lengths(rank: int, size: int) -> dict[str, float]:
 
 def test_sequence_lengths_change_and_gradients_stay() -> None:
     assert_small(run_ranks(two_lengths, 2, timeout_s=120), 1e-9)
+
+
+def other_shapes(rank: int, size: int) -> list[str]:
+    """A batch of another length or size than the stages are set up for."""
+    found = []
+    for seq_len in (SEQ, None):
+        model = tiny_model("llama")
+        pipeline = pipeline_model(model, mesh_of(size), None, **settings(seq_len=seq_len))
+        step(pipeline, token_ids(2 * MICROBATCHES), padding_mask(2 * MICROBATCHES))
+        for ids in (token_ids(2 * MICROBATCHES, 13), token_ids(MICROBATCHES)):
+            for run in (step, pipeline.schedule.eval):
+                if not pipeline.has_first_stage or (run is not step and seq_len is None):
+                    continue  # only the first stage sees the ids; without static shapes eval infers
+                try:
+                    arguments = (pipeline, ids, torch.ones_like(ids)) if run is step else (ids,)
+                    run(*arguments)
+                    found.append("accepted")
+                except PipelineConfigError as error:
+                    found.append(str(error))
+    return found
+
+
+def test_a_batch_of_other_shapes_is_refused() -> None:
+    messages, _ = run_ranks(other_shapes, 2, timeout_s=60)
+    assert len(messages) == 6
+    for message in messages:
+        assert "set up for [2, 21]: call reset_pp_stage_shapes" in message
 
 
 def scaled(rank: int, size: int) -> dict[str, float]:
@@ -600,3 +628,12 @@ def test_dropping_the_model_frees_what_the_rank_does_not_own() -> None:
     (before, first), (_, last) = run_ranks(freed, 2, timeout_s=60)
     assert first + last == before
     assert max(first, last) < 0.6 * before
+
+
+def test_a_part_moves_to_its_device_with_its_stand_ins() -> None:
+    """The meta device stands for an accelerator here."""
+    _, last = split(tiny_model("llama"), 2)
+    assert last.model.embed_tokens.weight.device.type == "cpu"
+    _move(last, torch.device("meta"))
+    tensors = [*last.parameters(), *last.buffers(), last.model.embed_tokens.weight]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}

@@ -422,6 +422,7 @@ def test_reentrant_checkpointing_cannot_give_gradients_of_inputs_alone():
         run_ranks(checkpointed, 2, args=([(hf_reentrant, "ZBVZeroBubble")],))
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_reentrant_checkpointing_around_a_layer_is_refused():
     stage = split(tiny_llama(), 2, [1])[0]
     wrap_own_layers(stage, CheckpointImpl.REENTRANT)
@@ -548,12 +549,14 @@ def data_parallel(
     expected = unsplit_gradients(model, steps, replicas=2)
     wrong = []
     for schedule in schedules:
+        is_file = schedule.endswith(".csv")
         pipeline = build(
             model,
             mesh,
-            schedule,
+            None if is_file else schedule,
             parallelize_fn=parallelize_fn,
             layers_per_stage=1 if num_layers > 4 else None,
+            pipeline_parallel_schedule_csv=schedule if is_file else None,
         )
         if fault:
             for part in pipeline.model_parts:
@@ -584,6 +587,22 @@ def test_sharded_and_checkpointed():
 def test_more_sharded_stages_than_are_kept_in_memory():
     """With four stages on a rank, torch frees some of them between a forward and its backward."""
     assert run_ranks(data_parallel, 4, args=(["InterleavedZeroBubble"], shard, 8)) == [[]] * 4
+
+
+@pytest.fixture
+def late_weights(tmp_path):
+    """A schedule file with one stage per rank that computes the weights' gradients at the end."""
+    microbatches = range(MICROBATCHES)
+    rows = [[f"{stage}{kind}{i}" for kind in "FIW" for i in microbatches] for stage in range(2)]
+    path = tmp_path / "late_weights.csv"
+    path.write_text("\n".join(",".join(row) for row in rows))
+    return str(path)
+
+
+def test_a_schedule_file_with_late_weights(late_weights):
+    assert run_ranks(data_parallel, 4, args=([late_weights], shard)) == [[]] * 4
+    with pytest.raises(RankError, match="does not see gradients that the schedule computes apart"):
+        run_ranks(data_parallel, 4, args=([late_weights], replicate))
 
 
 POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
