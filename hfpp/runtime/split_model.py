@@ -65,9 +65,9 @@ def split_model_into_stages(
         getattr(type(model), "_pp_keep_self_forward", False)
     )
     _refuse_silent_differences(model, pp_size)
-    whole = single and pp_size == 1  # even a model that cannot be cut runs on one stage
-    if anatomy is None and not own_forward and not whole:
-        anatomy = find_anatomy(model)
+    if anatomy is None and not own_forward:
+        # even a model that cannot be cut runs on one stage
+        anatomy = _try_anatomy(model) if single and pp_size == 1 else find_anatomy(model)
     if module_names_per_stage is not None:
         num_stages = len(module_names_per_stage)
     elif layers_per_stage is None and stages_per_rank is not None:
@@ -147,6 +147,13 @@ def _refuse_silent_differences(model: nn.Module, pp_size: int) -> None:
             f"the routers would be lost, as no stage sees all routers. Set "
             f"config.output_router_logits=False to train without it."
         )
+
+
+def _try_anatomy(model: nn.Module) -> Anatomy | None:
+    try:
+        return find_anatomy(model)
+    except PipelineConfigError:
+        return None
 
 
 def _num_layers(model: nn.Module) -> int:

@@ -44,7 +44,7 @@ class StageBoundary:
         tied_names: FQNs in this part whose tensor an earlier stage counts as its own.
         tied: the parameters that several stages of the pipeline hold.
         pp_group: process group of the pipeline; None until it is known.
-        anatomy: the split model's; None for a pipeline of one stage, which needs none.
+        anatomy: the split model's; None for a model that could not be cut, on one stage.
     """
 
     stage_index: int
@@ -110,14 +110,26 @@ def _metas(tensors: tuple[TensorLike, ...]) -> tuple[TensorMeta, ...]:
 
 def boundary_of(module: nn.Module) -> StageBoundary | None:
     """The boundary of a stage that hfpp made, also when wrapped; None for any other module."""
-    while "_hfpp_boundary" not in module.__dict__:
-        inner = module._modules.get("module")  # DistributedDataParallel and kin
-        if inner is None:
-            return None
-        module = inner
-    boundary = module.__dict__["_hfpp_boundary"]
-    assert isinstance(boundary, StageBoundary)
+    boundary = unwrapped(module).__dict__.get("_hfpp_boundary")
+    assert boundary is None or isinstance(boundary, StageBoundary)
     return boundary
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The stage inside of DistributedDataParallel and kin; the module itself where none is."""
+    inner: nn.Module | None = module
+    while inner is not None and "_hfpp_boundary" not in inner.__dict__:
+        inner = inner._modules.get("module")
+    return module if inner is None else inner
+
+
+def own_layers(part: nn.Module) -> list[nn.Module]:
+    """The layers that a stage runs itself, to shard, compile or checkpoint one by one."""
+    boundary = boundary_of(part)
+    if boundary is None or boundary.anatomy is None:
+        return []
+    layers = unwrapped(part).get_submodule(boundary.anatomy.layers_name)
+    return [layers[index] for index in boundary.layers]  # type: ignore[index]
 
 
 class _CutReached(BaseException):

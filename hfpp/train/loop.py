@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from hfpp.functional import causal_lm_loss, clip_grad_norm_, pipeline_model
-from hfpp.runtime.stage_module import boundary_of
+from hfpp.runtime.stage_module import boundary_of, own_layers
 from hfpp.train.errors import TrainingError
 from hfpp.train.events import RunShape, StageRow, StepMetrics
 from hfpp.train.model import Batches, build_model
@@ -112,19 +112,9 @@ def _shard(
     **_axes: Any,
 ) -> None:
     """Shards one stage over its replicas: each of its own layers, and the rest as one."""
-    for layer in _own_layers(model):
+    for layer in own_layers(model):
         fully_shard(layer, mesh=world_mesh[DP], reshard_after_forward=False)
     fully_shard(model, mesh=world_mesh[DP], reshard_after_forward=False)
-
-
-def _own_layers(part: nn.Module) -> list[nn.Module]:
-    """The layers of this stage: those that have weights, of the heaviest list in the model."""
-    lists = [list(module) for module in part.modules() if isinstance(module, torch.nn.ModuleList)]
-    return [layer for layer in max(lists, key=_weight, default=[]) if _weight([layer])]
-
-
-def _weight(modules: list[nn.Module]) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 def _steps(options: TrainOptions, rank: _Rank, batches: Batches) -> Iterator[StepMetrics]:
@@ -178,8 +168,7 @@ def _run_shape(options: TrainOptions, rank: _Rank) -> RunShape:
             StageRow(
                 stage=boundary.stage_index,
                 ranks=(dist.get_rank(),),
-                # A pipeline's only stage is the model itself, in which no layers were looked for.
-                layers=boundary.layers or range(len(_own_layers(part))),
+                layers=boundary.layers,
                 parameters=sum(p.numel() for p in parameters),
                 bytes=sum(p.numel() * p.element_size() for p in parameters),
             )
