@@ -239,7 +239,13 @@ class ScheduleTable:
             return Placement.LOOP
         if last + 1 == 2 * size and self.stage_to_rank == v:
             return Placement.V
-        stage = next(s for s, rank in enumerate(self.stage_to_rank) if rank != loop[s])
+        differing = (s for s, rank in enumerate(self.stage_to_rank) if rank != loop[s])
+        stage = next(differing, None)
+        if stage is None:
+            raise PipelineConfigError(
+                f"{self.name}: no row has a forward or a backward, so that no stage has a rank: "
+                "write the compute actions, with or without the communication"
+            )
         raise PipelineConfigError(
             f"{self.name}: stage {stage} runs on rank {self.stage_to_rank[stage]}, where a loop "
             f"(stage s on rank s % {size}) has rank {loop[stage]}, and the table is no v (two "

@@ -13,12 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hfpp.errors import PipelineConfigError
-from hfpp.runtime.stage_module import boundary_of
+from hfpp.runtime.stage_module import boundary_of, place_of
 
 __all__ = ["clip_grad_norm_", "scale_grads_by_divisor"]
-
-# Wrappers that put themselves between a module and its child, and into the parameters' names.
-_WRAPPER_NAMES = frozenset({"_checkpoint_wrapped_module", "_orig_mod", "module"})
 
 
 def scale_grads_by_divisor(stages: Sequence[Any], divisor: float) -> None:
@@ -145,12 +142,14 @@ def _scope(
     for item in given:
         if isinstance(item, nn.Module):
             boundary = boundary_of(item)
-            tied = frozenset[str]() if boundary is None else boundary.tied_names
-            if boundary is not None and boundary.pp_group is not None and pp_group is None:
-                groups.append(boundary.pp_group)
-            for name, parameter in item.named_parameters():
+            copies: set[int] = set()
+            if boundary is not None:
+                copies = {id(place_of(item, name).parameter) for name in boundary.tied_names}
+                if boundary.pp_group is not None and pp_group is None:
+                    groups.append(boundary.pp_group)
+            for parameter in item.parameters():
                 scaled[id(parameter)] = parameter
-                if name not in tied and _plain_name(name) not in tied:
+                if id(parameter) not in copies:
                     counted[id(parameter)] = parameter
         elif isinstance(item, Tensor):
             scaled[id(item)] = counted[id(item)] = item
@@ -164,14 +163,6 @@ def _scope(
             "parameters holds parts of different pipelines: clip each pipeline by itself."
         )
     return _Scope(list(scaled.values()), list(counted.values()), groups[0] if groups else None)
-
-
-def _plain_name(name: str) -> str:
-    """The parameter's name in the unwrapped part.
-
-    A model may own a child that is called `module`, so the name as it is is looked up first.
-    """
-    return ".".join(step for step in name.split(".") if step not in _WRAPPER_NAMES)
 
 
 def _shares(parameters: list[Tensor]) -> list[_Share]:

@@ -8,6 +8,7 @@ after them takes what crosses the next cut and ends the forward.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -116,11 +117,57 @@ def boundary_of(module: nn.Module) -> StageBoundary | None:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The stage inside of DistributedDataParallel and kin; the module itself where none is."""
-    inner: nn.Module | None = module
-    while inner is not None and "_hfpp_boundary" not in inner.__dict__:
-        inner = inner._modules.get("module")
-    return module if inner is None else inner
+    """The stage, or a plain module, inside of whatever wraps it."""
+    stage = next((m for m in module.modules() if "_hfpp_boundary" in m.__dict__), None)
+    while stage is None and isinstance(module, nn.parallel.DistributedDataParallel):
+        module = module.module
+    return module if stage is None else stage
+
+
+def cast_dtype(part: nn.Module) -> torch.dtype | None:
+    """What a stage was cast to after the split; None while it has the dtype it was split in."""
+    boundary = boundary_of(part)
+    if boundary is None or boundary.anatomy is None:
+        return None
+    for name, parameter in unwrapped(part).named_parameters():
+        if parameter.is_floating_point():
+            before = boundary.anatomy.skeleton.get_parameter(_without_wrappers(name)).dtype
+            return None if parameter.dtype == before else parameter.dtype
+    return None
+
+
+class Place(NamedTuple):
+    """Where a parameter is registered: wrappers such as FSDP2 put another object there."""
+
+    owner: nn.Module
+    name: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that is there now."""
+        parameter = self.owner._parameters[self.name]
+        assert parameter is not None
+        return parameter
+
+
+def place_of(part: nn.Module, name: str) -> Place:
+    """Where ``part``, a stage in whatever wraps it, registers the parameter of FQN ``name``.
+
+    Modules inside may be wrapped too: what wraps one is looked through by what its names lack.
+    """
+    for module_name, module in unwrapped(part).named_modules():
+        for own_name in module._parameters:
+            full = f"{module_name}.{own_name}" if module_name else own_name
+            if full == name or _without_wrappers(full) == name:
+                return Place(module, own_name)
+    raise KeyError(name)
+
+
+def _without_wrappers(name: str) -> str:
+    """The FQN without the steps of checkpoint_wrapper and torch.compile."""
+    return ".".join(
+        s for s in name.split(".") if s not in ("_checkpoint_wrapped_module", "_orig_mod")
+    )
 
 
 def own_layers(part: nn.Module) -> list[nn.Module]:
@@ -238,12 +285,14 @@ def _first_tensor(value: Any) -> torch.Tensor | None:
 
 
 def _result_like(template: Any, hidden: torch.Tensor, sizes: Mapping[int, int]) -> Any:
-    """The recorded result of a layer with ``hidden`` in it; other tensors are zeros."""
+    """The recorded result of a layer with ``hidden`` in it; other tensors are unknown."""
     if isinstance(template, Hidden):
         return hidden
     if isinstance(template, TensorLike):
         shape = [sizes.get(size, size) for size in template.shape]
-        return torch.zeros(shape, dtype=template.dtype, device=hidden.device)
+        return torch.full(
+            shape, _filling(template.dtype), dtype=template.dtype, device=hidden.device
+        )
     if isinstance(template, dict):
         items = {k: _result_like(v, hidden, sizes) for k, v in template.items()}
         return type(template)(**items) if hasattr(template, "to_tuple") else items
@@ -256,21 +305,31 @@ def _result_like(template: Any, hidden: torch.Tensor, sizes: Mapping[int, int]) 
 
 
 class _StandIn(NamedTuple):
-    """What is left of a foreign parameter: a scalar zero that follows casts and moves."""
+    """What is left of a foreign parameter: a scalar that follows casts and moves.
 
-    zero: torch.Tensor
+    It is NaN, so that a use which the hollow run did not show cannot go unnoticed.
+    """
+
+    scalar: torch.Tensor
     shape: tuple[int, ...]
     split_dtype: torch.dtype
 
 
+def _filling(dtype: torch.dtype) -> float:
+    """What stands for an unknown value: one that shows wherever it is used."""
+    return math.nan if dtype.is_floating_point else 0
+
+
 def hollow_parameters(module: nn.Module, names: list[str]) -> None:
-    """Replace parameters of ``module`` by zeros of the same shape that hold no storage."""
+    """Replace parameters of ``module`` by stand-ins of the same shape that hold no storage."""
     stand_ins = {}
     for name in names:
         parameter = module._parameters.pop(name)
         assert parameter is not None
-        zero = torch.zeros((), dtype=parameter.dtype, device=parameter.device)
-        stand_ins[name] = _StandIn(zero, tuple(parameter.shape), parameter.dtype)
+        scalar = torch.full(
+            (), _filling(parameter.dtype), dtype=parameter.dtype, device=parameter.device
+        )
+        stand_ins[name] = _StandIn(scalar, tuple(parameter.shape), parameter.dtype)
     module.__dict__["_hfpp_stand_ins"] = stand_ins
     module.__class__ = _stand_in_class(type(module), names)
 
@@ -280,7 +339,9 @@ def _stand_in_class(base: type[nn.Module], names: list[str]) -> type[nn.Module]:
         def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
             stand_ins = self.__dict__["_hfpp_stand_ins"]
             for name, stand_in in stand_ins.items():
-                stand_ins[name] = stand_in._replace(zero=torch.zeros_like(fn(stand_in.zero)))
+                scalar = fn(stand_in.scalar)
+                scalar = torch.full_like(scalar, _filling(scalar.dtype))  # to_empty leaves anything
+                stand_ins[name] = stand_in._replace(scalar=scalar)
             return super()._apply(fn, recurse)
 
     for name in names:
@@ -291,7 +352,7 @@ def _stand_in_class(base: type[nn.Module], names: list[str]) -> type[nn.Module]:
 def _stand_in(name: str) -> property:
     def get(self: nn.Module) -> torch.Tensor:
         stand_in: _StandIn = self.__dict__["_hfpp_stand_ins"][name]
-        expanded = stand_in.zero.expand(stand_in.shape)
+        expanded = stand_in.scalar.expand(stand_in.shape)
         # transformers' weight initialisation leaves tensors alone that carry this mark
         expanded._is_hf_initialized = True  # type: ignore[attr-defined]
         return expanded
@@ -422,6 +483,11 @@ def _run_stage(
                 f"{name}={value!r}: leave it out."
             )
     if boundary.is_first:
+        if len(args) > 1 and not boundary.is_last:
+            raise PipelineConfigError(
+                f"the first stage got {len(args)} positional arguments, but only {ids_name} may be "
+                f"one: the other stages would not see the rest. Pass it by keyword, on every rank."
+            )
         ids = args[0] if args else kwargs.get(ids_name)
     else:
         slots = boundary.slots_in()
@@ -477,12 +543,12 @@ def _adapt_stand_ins(stage: nn.Module, boundary: StageBoundary, hidden: torch.Te
     )
     for owner in stage.__dict__["_hfpp_stand_in_owners"]:
         stand_ins = owner.__dict__["_hfpp_stand_ins"]
-        for name, (zero, _, split_dtype) in stand_ins.items():
-            untouched = zero.dtype == split_dtype == model_dtype
-            dtype = hidden.dtype if tells_dtype and untouched else zero.dtype
-            if (zero.device, zero.dtype) != (hidden.device, dtype):
-                moved = torch.zeros((), dtype=dtype, device=hidden.device)
-                stand_ins[name] = stand_ins[name]._replace(zero=moved)
+        for name, (scalar, _, split_dtype) in stand_ins.items():
+            untouched = scalar.dtype == split_dtype == model_dtype
+            dtype = hidden.dtype if tells_dtype and untouched else scalar.dtype
+            if (scalar.device, scalar.dtype) != (hidden.device, dtype):
+                moved = scalar.to(hidden.device, dtype)
+                stand_ins[name] = stand_ins[name]._replace(scalar=moved)
 
 
 def _ids_for(boundary: StageBoundary, received: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.tensor_shapes import hidden_and_vocab_size
 from hfpp.runtime import torch_compat as compat
-from hfpp.runtime.stage_module import boundary_of
+from hfpp.runtime.stage_module import boundary_of, cast_dtype, unwrapped
 
 if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage
@@ -92,11 +92,12 @@ def _metas(
     module = stage.submod
     boundary = boundary_of(module) if isinstance(module, nn.Module) else None
     if boundary is not None:
-        metas = boundary.tensor_metas(microbatch_size, seq_len, tensor_dtype)
+        dtype = tensor_dtype or cast_dtype(module)
+        metas = boundary.tensor_metas(microbatch_size, seq_len, dtype)
         if metas is not None:
             inputs, outputs = metas
             return tuple(map(_from_boundary, inputs)), tuple(map(_from_boundary, outputs))
-    inner = _unwrapped(module)
+    inner = unwrapped(module) if isinstance(module, nn.Module) else module
     dtype = tensor_dtype or _first_dtype(module)
     hook = getattr(inner, "get_pipeline_stage_metas", None)
     if callable(hook):
@@ -122,13 +123,6 @@ def _metas(
     )
     given = _activation((*batch, vocab_size if has_head else hidden_size), dtype)
     return (taken,), (given,)
-
-
-def _unwrapped(module: Any) -> Any:
-    """The model's module inside DistributedDataParallel and kin."""
-    while isinstance(module, nn.parallel.DistributedDataParallel):
-        module = module.module
-    return module
 
 
 def _first_dtype(module: Any) -> torch.dtype:

@@ -13,24 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hfpp.errors import PipelineConfigError
-from hfpp.runtime.stage_module import boundary_of
+from hfpp.runtime.stage_module import Place, boundary_of, place_of
 
 if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a parameter is registered: wrappers such as FSDP2 put another object there."""
-
-    owner: nn.Module
-    name: str
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        parameter = self.owner._parameters[self.name]
-        assert parameter is not None
-        return parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +24,7 @@ class _Tie:
     name: str  # the owner's
     stages: tuple[int, ...]  # all holders, the owner first
     ranks: tuple[int, ...]  # theirs, of the pipeline's group
-    places: tuple[_Place, ...]  # this rank's, one per stage
+    places: tuple[Place, ...]  # this rank's, one per stage
 
 
 class TiedGradients:
@@ -64,11 +50,12 @@ class TiedGradients:
         self._group = stages[0].group
         self._rank = stages[0].group_rank
         self._device = stages[0].device
+        self._checked = False
         self._ties: list[_Tie] = []
         self._frozen: list[_Tie] = []
         for parameter in tied:
             places = tuple(
-                _place_of(local[stage].submod, names[0])
+                place_of(local[stage].submod, names[0])
                 for stage, names in parameter.names
                 if stage in local
             )
@@ -101,22 +88,46 @@ class TiedGradients:
     @contextmanager
     def around_step(self) -> Iterator[None]:
         """Around one step of the schedule: afterwards every holder has the summed gradient."""
-        for tie in self._frozen:
-            if any(place.parameter.requires_grad for place in tie.places):
+        for tie, trained in [(t, False) for t in self._frozen] + [(t, True) for t in self._ties]:
+            if any(place.parameter.requires_grad != trained for place in tie.places):
                 raise PipelineConfigError(
-                    f"{tie.name}, which stages {list(tie.stages)} hold, was frozen when the "
-                    f"pipeline was made and is trained now, so its gradients would not be summed: "
-                    f"set requires_grad before pipeline_model."
+                    f"{tie.name}, which stages {list(tie.stages)} hold, was "
+                    f"{'trained' if trained else 'frozen'} when the pipeline was made and is not "
+                    f"any more, so its copies would drift apart: set requires_grad before "
+                    f"pipeline_model."
                 )
+        self._check_copies_once()
         earlier = [[place.parameter.grad for place in tie.places] for tie in self._ties]
         for tie in self._ties:
             for place in tie.places:
                 place.parameter.grad = None
-        yield
+        try:
+            yield
+        except BaseException:
+            for tie, before in zip(self._ties, earlier, strict=True):
+                for place, old in zip(tie.places, before, strict=True):
+                    place.parameter.grad = old
+            raise
         totals = self._sum_over_ranks([_fresh_gradient(tie) for tie in self._ties])
         for tie, total, before in zip(self._ties, totals, earlier, strict=True):
             for place, old in zip(tie.places, before, strict=True):
                 _store(place.parameter, total, old)
+
+    def _check_copies_once(self) -> None:
+        """Before the first step, when weights are loaded: all copies hold the same bits."""
+        if self._checked:
+            return
+        self._checked = True
+        mine = [_checksum(tie.places[0].parameter) for tie in self._ties]
+        sums = [value * len(tie.places) for tie, value in zip(self._ties, mine, strict=True)]
+        for tie, value, total in zip(self._ties, mine, self._sum_over_ranks(sums), strict=True):
+            alike = {int(_checksum(place.parameter)) for place in tie.places} == {int(value)}
+            if not alike or not torch.equal(total, value * len(tie.stages)):
+                raise PipelineConfigError(
+                    f"{tie.name} is one tensor of the model, but its copies on stages "
+                    f"{list(tie.stages)} differ: initialise every rank's model with the same seed, "
+                    f"or load the same weights into all of them."
+                )
 
     def _sum_over_ranks(self, values: list[Tensor]) -> list[Tensor]:
         """The sums of ``values``, one per tie, over each tie's ranks."""
@@ -150,6 +161,13 @@ def _run(ops: list[dist.P2POp]) -> None:
         work.wait()
 
 
+def _checksum(parameter: nn.Parameter) -> Tensor:
+    """A number of the tensor's bits, int64 [1], that does not depend on the order of adding."""
+    values = _local(parameter.detach()).contiguous()
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return values.view(integers[values.element_size()]).sum(dtype=torch.int64).reshape(1)
+
+
 def _fresh_gradient(tie: _Tie) -> Tensor:
     parameters = [place.parameter for place in tie.places]
     total = torch.zeros_like(_local(parameters[0].detach()), memory_format=torch.contiguous_format)
@@ -173,26 +191,3 @@ def _store(parameter: nn.Parameter, total: Tensor, earlier: Tensor | None) -> No
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _place_of(module: nn.Module, name: str) -> _Place:
-    """The module that registers ``name`` below ``module``, looking through wrappers."""
-    *path, own_name = name.split(".")
-    owner = _unwrapped(module)
-    for step in path:
-        child = owner._modules[step]
-        assert child is not None
-        owner = _unwrapped(child)
-    return _Place(owner, own_name)
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    while True:
-        inner = module._modules.get("_checkpoint_wrapped_module") or module._modules.get(
-            "_orig_mod"
-        )
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            inner = module.module
-        if inner is None:
-            return module
-        module = inner

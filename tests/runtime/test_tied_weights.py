@@ -39,12 +39,14 @@ EMBEDDING = ("model.embed_tokens.weight", "lm_head.weight")
 @contextmanager
 def without_the_sum() -> Iterator[None]:
     """The planted fault: every holder keeps the gradient that it computed itself."""
-    right = TiedGradients._sum_over_ranks
+    right, check = TiedGradients._sum_over_ranks, TiedGradients._check_copies_once
     TiedGradients._sum_over_ranks = lambda self, values: values  # type: ignore[method-assign]
+    TiedGradients._check_copies_once = lambda self: None  # type: ignore[method-assign]
     try:
         yield
     finally:
         TiedGradients._sum_over_ranks = right  # type: ignore[method-assign]
+        TiedGradients._check_copies_once = check  # type: ignore[method-assign]
 
 
 def differing_copies(parts: list[nn.Module], group: Any) -> list[str]:
@@ -240,3 +242,52 @@ def test_ends_of_which_one_is_frozen_are_refused_on_both_ranks():
         assert "model.embed_tokens.weight is one tensor" in message
         assert "stages [0, 1]" in message
         assert "freeze it on all of them or on none" in message
+
+
+def own_seeds(rank: int, world_size: int) -> list[str]:
+    """Every rank has random weights of its own; then all load the same ones before a step."""
+    mesh, (ids,) = data_and_pipeline_mesh(world_size), batches()
+    found = []
+    for load in (False, True):
+        pipeline = build(tiny_model("gemma", seed=rank), mesh, "1F1B")
+        if load:
+            (part,) = pipeline.model_parts
+            part.load_state_dict(tiny_model("gemma").state_dict(), strict=False)
+        try:
+            step(pipeline, mesh, ids)
+            found.append("accepted")
+        except PipelineConfigError as error:
+            found.append(str(error))
+    return found
+
+
+def test_copies_that_differ_are_refused_on_the_first_step() -> None:
+    for refused, accepted in run_ranks(own_seeds, 2, timeout_s=60):
+        assert "copies on stages [0, 1] differ" in refused
+        assert accepted == "accepted"
+
+
+def lost_in_a_wrapper(rank: int, world_size: int) -> list[str]:
+    """A wrapper of the user's own around each part: ties and names are found inside."""
+    mesh, (ids,) = data_and_pipeline_mesh(world_size), batches()
+    model = tiny_model("gemma")
+    expected = unsplit_gradients(model, [ids])
+    pipeline = build(
+        model, mesh, "Interleaved1F1B", parallelize_fn=lambda part, *_, **__: Own(part)
+    )
+    step(pipeline, mesh, ids)
+    assert all(isinstance(part, Own) for part in pipeline.model_parts)
+    return wrong_gradients([part.inner for part in pipeline.model_parts], expected)  # type: ignore[misc]
+
+
+class Own(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+def test_ties_behind_a_wrapper_are_summed() -> None:
+    assert run_ranks(lost_in_a_wrapper, 2, timeout_s=60) == [[], []]
