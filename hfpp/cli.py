@@ -25,6 +25,9 @@ _DEFAULT = " (default: %(default)s)"  # argparse fills it in
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
+    A script that calls this does so under `if __name__ == "__main__":`: the processes of a run
+    import the script.
+
     Args:
         arguments: without the program's name; None takes the process's own.
 
@@ -86,7 +89,8 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description=(
             "Trains a causal language model with pipeline parallelism. Started plainly, it runs "
             "--pp local processes; under torchrun it joins that job, and ranks beyond --pp are "
-            "data parallel (FSDP2). Dropout is off."
+            "data parallel (FSDP2). Dropout is off. What is left is the loss curve, the schedule, "
+            "the metrics of every step and a summary: the trained weights are not saved."
         ),
         allow_abbrev=False,
     )
@@ -97,7 +101,7 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=Path,
         metavar="FOLDER",
         default=usual.model,
-        help="local folder with a config.json, and safetensors to start from if there are any; "
+        help="local folder with a config.json, and safetensors to start from, else random weights; "
         "its tokenizer is used, else bytes (default: a small Llama)",
     )
     add(
@@ -151,11 +155,16 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default=usual.out,
         help=f"folder for the results, a new one{_DEFAULT}",
     )
-    add("--force", action="store_true", help="replace the results of an earlier run in --out")
+    add(
+        "--force",
+        action="store_true",
+        help="replace the results of an earlier run in --out, and nothing else",
+    )
     add(
         "--verify",
         action="store_true",
-        help="also train the plain model in one process, and fail if the loss curves differ",
+        help="also train the plain model in one process, and fail if the loss or the gradient norm "
+        "of any step differs",
     )
 
 

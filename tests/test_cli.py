@@ -51,7 +51,7 @@ def test_help_names_every_option_and_default(capsys):
     ("arguments", "message"),
     [
         (["--pp", "0"], "--pp (0) must be"),
-        (["--schedule", "best"], "--schedule (best): "),
+        (["--schedule", "best"], "--schedule 'best' is unknown; known are "),
         (["--model", "/nowhere"], "--model (/nowhere) has no readable config.json"),
         (["--text", "/nowhere"], "--text (/nowhere) cannot be read"),
         (["--seq-len", "1000000"], "--seq-len (1000000) is more than"),
@@ -79,11 +79,18 @@ def test_argparse_refuses_with_2(arguments):
     assert b"usage: hfpp" in done.stderr
 
 
-def test_an_existing_folder_is_never_overwritten_without_force(capsys, tmp_path):
+def test_help_says_that_weights_are_not_saved(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    assert "trained weights are not saved" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_folder_of_something_else_is_never_touched(capsys, tmp_path):
     kept = tmp_path / "notes.txt"
     kept.write_text("mine")
-    assert cli.main(["train", "--out", str(tmp_path)]) == 2
-    assert "already holds something: give a new folder, or --force" in capsys.readouterr().err
+    for force in ([], ["--force"]):
+        assert cli.main(["train", *force, "--out", str(tmp_path)]) == 2
+        assert "already holds something that no run" in capsys.readouterr().err
     assert cli.main(["train", "--force", "--out", str(kept)]) == 2
     assert "is not a folder" in capsys.readouterr().err
     assert kept.read_text() == "mine"

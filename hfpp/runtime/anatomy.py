@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from hfpp.errors import PipelineConfigError
+from hfpp.runtime.paths import Key, Path
 from hfpp.runtime.skeleton import meta_skeleton
-from hfpp.runtime.trace import Call, Key, Path, Trace, Value, run_hollow
+from hfpp.runtime.trace import Call, Trace, Value, run_hollow
 
 IDS = "input ids"
 """Key of the slot that carries the token ids themselves."""
@@ -294,14 +295,20 @@ def first_argument(model: nn.Module) -> str:
 
 
 def _run_sizes(model: nn.Module) -> tuple[int, int]:
-    """A batch size and a sequence length that are no size of the model."""
+    """A batch size and a sequence length that, like their product, are no size of the model."""
     taken = {size for parameter in model.parameters() for size in parameter.shape}
     config = getattr(model, "config", None)
     values: dict[str, Any] = getattr(config, "to_dict", dict)()
     taken |= {v for v in values.values() if isinstance(v, int)}
-    batch = next(n for n in (3, 5, 7, 11, 2, 1) if n not in taken or n == 1)
-    seq = next(n for n in (13, 11, 17, 19, 23, 29, 31, 37, 8) if n not in taken or n == 8)
-    return batch, seq
+    sizes = ((batch, seq) for seq in (13, *range(8, 40)) for batch in (3, 5, 7, 2, 11))
+    free = (s for s in sizes if taken.isdisjoint((*s, s[0] * s[1])) and s[0] != s[1])
+    found = next(free, None)
+    if found is None:
+        raise PipelineConfigError(
+            f"{type(model).__name__} cannot be split: no batch size up to 11 and sequence length "
+            f"up to 39 differs from all sizes of the model, which tells them apart."
+        )
+    return found
 
 
 def _plain_ids(model: nn.Module, batch: int, seq: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
 
 from hfpp.errors import PipelineConfigError
 from hfpp.runtime import torch_compat as compat
@@ -22,6 +23,10 @@ else:
 
 __all__ = ["ControlledSchedule", "StepContext", "add_step_context", "controlled"]
 
+_OWN_KEYWORDS = frozenset(
+    ("return_outputs", "loss_kwargs", "arg_mbs", "kwarg_mbs", "target_mbs", "losses")
+)  # of step itself, and so no arguments of the model
+
 StepContext = Callable[[], AbstractContextManager[None]]
 """Makes a context manager for one step."""
 
@@ -33,6 +38,7 @@ class ControlledSchedule(_Base):
         super().__init__(*args, **kwargs)
         self._step_contexts: list[StepContext] = []
         self._forward_actions: list[Action] | None = None
+        self._keywords_agreed = False
         self._static = False  # whether torch took the stages' shapes as given and inferred none
 
     def step(
@@ -62,6 +68,7 @@ class ControlledSchedule(_Base):
             )
         self._check_batch(args, target)
         self._check_shapes(args)
+        self._agree_on_keywords(kwargs)
         with ExitStack() as contexts:
             for make in self._step_contexts:
                 contexts.enter_context(make())
@@ -90,6 +97,7 @@ class ControlledSchedule(_Base):
             The outputs of the batch on the rank of the last stage; None elsewhere.
         """
         self._check_batch(args, target)
+        self._agree_on_keywords(kwargs)
         arguments, keywords, targets = compat.split_batch(self, args, kwargs, target)
         stages = compat.local_stages(self)
         outputs: list[Any] = []
@@ -160,8 +168,6 @@ class ControlledSchedule(_Base):
     def _check_batch(self, args: tuple[Any, ...], target: Any) -> None:
         """A batch that cannot be cut evenly would send microbatches of unequal shapes."""
         n = self._n_microbatches
-        if compat.local_stages(self)[0].num_stages == 1:
-            return
         named = [(f"args[{i}]", value) for i, value in enumerate(args)] + [("target", target)]
         for name, value in named:
             if not isinstance(value, torch.Tensor):
@@ -173,6 +179,23 @@ class ControlledSchedule(_Base):
                     f"pass a multiple of {n} rows, or build the schedule for another "
                     "local_batch_size or microbatch_size"
                 )
+
+    def _agree_on_keywords(self, kwargs: dict[str, Any]) -> None:
+        """On the first batch: a mask that only some stages get gives wrong results in silence."""
+        stage = compat.local_stages(self)[0]
+        if self._keywords_agreed or stage.group_size == 1:
+            return
+        self._keywords_agreed = True
+        mine = sorted(k for k, v in kwargs.items() if v is not None and k not in _OWN_KEYWORDS)
+        everyone: list[Any] = [None] * stage.group_size
+        dist.all_gather_object(everyone, mine, group=stage.group)
+        odd = next((r for r, theirs in enumerate(everyone) if theirs != everyone[0]), None)
+        if odd is not None:
+            raise PipelineConfigError(
+                f"the ranks of the pipeline pass different keyword arguments: rank 0 passes "
+                f"{everyone[0]}, rank {odd} passes {everyone[odd]}. Pass the same on every rank: "
+                f"each stage runs the model's forward with them"
+            )
 
     def _check_shapes(self, args: tuple[Any, ...]) -> None:
         """Other shapes than the known ones would arrive garbled at the next stage."""

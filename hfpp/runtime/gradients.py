@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hfpp.errors import PipelineConfigError
-from hfpp.runtime.stage_module import boundary_of, place_of
+from hfpp.runtime.stage_boundary import boundary_of, place_of
 
 __all__ = ["clip_grad_norm_", "scale_grads_by_divisor"]
 

@@ -59,7 +59,8 @@ def causal_lm_loss(
     if num_items is None:
         num_items = (targets != IGNORED_LABEL).sum()
     if isinstance(num_items, Tensor):
-        num_items = num_items.to(logits.device).clamp(min=1)
+        num_items = num_items.to(logits.device)
+        num_items = torch.where(num_items == 0, torch.ones_like(num_items), num_items)
     return total / num_items
 
 
@@ -93,6 +94,12 @@ def _check(logits: Tensor, labels: Tensor, num_items: int | float | Tensor | Non
             raise PipelineConfigError(
                 f"num_items (a tensor {tuple(num_items.shape)}) must be one number: "
                 "give the count of targets of the whole batch."
+            )
+        # A GPU's value is not read: that would wait for the GPU in every microbatch.
+        if num_items.device.type == "cpu" and num_items.item() < 0:
+            raise PipelineConfigError(
+                f"num_items ({num_items.item()}) must not be negative: give the count of targets "
+                "of the whole batch."
             )
     elif num_items is not None and not num_items > 0:
         raise PipelineConfigError(

@@ -35,6 +35,41 @@ def module_names_of(ownership: Ownership, anatomy: Anatomy) -> list[list[str]]:
     return lists
 
 
+HOOK = "customize_pipeline_stage_modules"
+"""The method with which a model changes the list that hfpp makes for it."""
+
+
+def customized(model: nn.Module, names: list[list[str]], parent: str) -> list[list[str]]:
+    """Generated names, or what the model's hook makes of them.
+
+    Args:
+        model: with or without the hook.
+        names: by stage.
+        parent: FQN of the module that holds the list of layers; empty for the model itself.
+
+    Raises:
+        PipelineConfigError: if the hook gives another number of stages.
+    """
+    hook = getattr(model, HOOK, None)
+    custom = (
+        None
+        if hook is None
+        else hook(
+            [list(part) for part in names],
+            layers_prefix=f"{parent}." if parent else "",
+            text_model=model.get_submodule(parent) if parent else model,
+        )
+    )
+    if custom is None:
+        return names
+    if len(custom) != len(names):
+        raise PipelineConfigError(
+            f"{type(model).__name__}.{HOOK} returned {len(custom)} lists of names for {len(names)} "
+            f"stages: return one list per stage, or None to keep the generated ones."
+        )
+    return [list(part) for part in custom]
+
+
 def offsets_of(names: list[list[str]], anatomy: Anatomy, argument: str) -> tuple[int, ...]:
     """Layer offsets of the stages, stage s having ``offsets[s]`` to ``offsets[s + 1] - 1``.
 
@@ -120,9 +155,8 @@ def check_module_names(
             for parameter in parameters:
                 if _covers(name, parameter) and needed.get(parameter, {stage}).isdisjoint({stage}):
                     right = min(needed[parameter])
-                    raise _error(
-                        f"{argument}[{stage}]", name, f"is needed by stage {right}: list it there"
-                    )
+                    rule = f"is needed by stage {right} and not here: list it on stage {right} only"
+                    raise _error(f"{argument}[{stage}]", name, rule)
         for parameter, stages in needed.items():
             if stage in stages and not any(_covers(name, parameter) for name in modules):
                 module = _component(parameter, anatomy)
@@ -130,6 +164,12 @@ def check_module_names(
                     f"{argument}[{stage}] lacks {module!r}, which the forward of "
                     f"{anatomy.model_name} needs on stage {stage}: add it there."
                 )
+
+
+def stage_listing(names: list[list[str]], parameter: str) -> int | None:
+    """The first stage whose names cover a parameter's FQN; None where none does."""
+    stages = enumerate(names)
+    return next((s for s, modules in stages if any(_covers(m, parameter) for m in modules)), None)
 
 
 def _needed(anatomy: Anatomy, ownership: Ownership) -> dict[str, set[int]]:
@@ -159,8 +199,13 @@ def _check_exists(where: str, name: str, anatomy: Anatomy) -> None:
     exists = _find(anatomy.skeleton, name) is not None or any(
         name == parameter for parameter, _ in anatomy.skeleton.named_parameters()
     )
-    if not exists and name.rpartition(".")[2] not in _MAY_BE_MISSING:
+    if not exists and not may_be_missing(name):
         raise _error(where, name, f"is no module of {anatomy.model_name}: check the spelling")
+
+
+def may_be_missing(name: str) -> bool:
+    """Whether a list may hold the name without the model: the generator adds some to every list."""
+    return name.rpartition(".")[2] in _MAY_BE_MISSING
 
 
 def _find(model: nn.Module, name: str) -> nn.Module | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import nn
+from torch import nn
 
+if TYPE_CHECKING:
     from hfpp.runtime.anatomy import Anatomy
 
 
@@ -53,22 +53,31 @@ class Ownership:
         )
 
 
-def find_ownership(model: nn.Module, anatomy: Anatomy, offsets: Sequence[int]) -> Ownership:
+def find_ownership(
+    model: nn.Module,
+    anatomy: Anatomy,
+    offsets: Sequence[int],
+    listed: Callable[[str], int | None] = lambda _: None,
+) -> Ownership:
     """Give every parameter its stage by what the stages' data flow needs.
 
-    Parameters that no stage's output depends on go to stage 0 (those inside a layer stay with it).
+    Parameters that no stage's output depends on go where they are listed, else to stage 0 (those
+    inside a layer stay with it).
 
     Args:
         model: the live model; which of its parameters are one tensor is read off it.
         anatomy: its anatomy.
         offsets: stage s has layers ``offsets[s]`` to ``offsets[s + 1] - 1``.
+        listed: the stage on which the caller lists a parameter by FQN; None where nowhere.
     """
     spans = list(itertools.pairwise(offsets))
     outer = [set(anatomy.outer_parameters(start, stop)) for start, stop in spans]
     prefix = f"{anatomy.layers_name}."
     names = [name for name, _ in anatomy.skeleton.named_parameters()]
     everywhere = set().union(*outer)
-    outer[0] |= {n for n in names if not n.startswith(prefix) and n not in everywhere}
+    for name in names:
+        if not name.startswith(prefix) and name not in everywhere:
+            outer[listed(name) or 0].add(name)
     layers = tuple(range(start, stop) for start, stop in spans)
     holders: dict[str, list[int]] = {name: [] for name in names}
     for stage, kept in enumerate(outer):
@@ -78,10 +87,11 @@ def find_ownership(model: nn.Module, anatomy: Anatomy, offsets: Sequence[int]) -
     for name in names:
         if name.startswith(prefix):
             holders[name].append(stage_of_layer[int(name[len(prefix) :].split(".")[0])])
-    return Ownership(layers, tuple(map(frozenset, outer)), _find_tied(model, holders))
+    return Ownership(layers, tuple(map(frozenset, outer)), find_tied(model, holders))
 
 
-def _find_tied(model: nn.Module, holders: dict[str, list[int]]) -> tuple[TiedParameter, ...]:
+def find_tied(model: nn.Module, holders: Mapping[str, Sequence[int]]) -> tuple[TiedParameter, ...]:
+    """The tensors of ``model`` that several stages hold, from the holders of every FQN."""
     same: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in holders:
@@ -95,3 +105,25 @@ def _find_tied(model: nn.Module, holders: dict[str, list[int]]) -> tuple[TiedPar
         if len(by_stage) > 1:
             tied.append(TiedParameter(tuple((s, tuple(by_stage[s])) for s in sorted(by_stage))))
     return tuple(tied)
+
+
+def separate_copies(
+    stage: nn.Module, tied: Sequence[TiedParameter], index: int, held: set[int]
+) -> None:
+    """Give a stage tensors of its own where an earlier stage of this rank trains the same.
+
+    Args:
+        stage: to change, in place.
+        tied: the tensors that several stages hold.
+        index: which stage it is.
+        held: the stages of this rank that hold the model's own tensors.
+    """
+    for parameter in tied:
+        names = dict(parameter.names)
+        if index not in names or held.isdisjoint(names):
+            continue
+        original = stage.get_parameter(names[index][0])
+        mine = nn.Parameter(original.detach().clone(), requires_grad=original.requires_grad)
+        for name in names[index]:
+            owner, _, own_name = name.rpartition(".")
+            stage.get_submodule(owner)._parameters[own_name] = mine

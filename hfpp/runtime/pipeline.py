@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.pipelining import PipelineStage
 
 from hfpp.errors import PipelineConfigError
@@ -16,11 +17,11 @@ from hfpp.runtime.build_schedule import build_pipeline_schedule, check_pipeline_
 from hfpp.runtime.data_parallel import ReducingStage
 from hfpp.runtime.preflight import agree, model_facts
 from hfpp.runtime.split_model import split_model_into_stages
+from hfpp.runtime.stage_boundary import boundary_of
 from hfpp.runtime.stage_shapes import precompute_stage_shapes
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
     from hfpp.runtime.torch_compat import TorchSchedule
@@ -74,32 +75,43 @@ def pipeline_model(
     tensor_dtype: torch.dtype | None = None,
 ) -> Pipeline:
     """Split, parallelize, schedule: see `hfpp.functional.pipeline_model`."""
-    mesh = _pipeline_mesh(world_mesh, pp_axis_name)
-    settings: dict[str, Any] = {
-        "pipeline_parallel_schedule": pipeline_parallel_schedule,
-        "pipeline_parallel_schedule_csv": _contents(pipeline_parallel_schedule_csv),
-        "layers_per_stage": layers_per_stage,
-        "round_to_pp_multiple": round_to_pp_multiple,
-        "module_fqns_per_model_part": module_fqns_per_model_part,
-        "microbatch_size": microbatch_size,
-        "local_batch_size": local_batch_size,
-        "patch_inner_model": patch_inner_model,
-        "patch_causal_lm_model": patch_causal_lm_model,
-        "scale_grads": scale_grads,
-        "seq_len": seq_len,
-        "reduce_grad_per_microbatch": reduce_grad_per_microbatch,
-        "patch_stage_backward_maybe_with_nosync": patch_stage_backward_maybe_with_nosync,
-        "tensor_dtype": tensor_dtype,
-    }
+    group = _all_ranks(world_mesh, pp_axis_name)
+    facts: dict[str, Any] = {}
     refusal: Exception | None = None
     stages: list[PipelineStage] = []
     parts: list[nn.Module] = []
     try:
-        _check_axes(world_mesh, dp_axis_names, cp_axis_name, tp_axis_name)
+        _check_axes(
+            world_mesh,
+            pp_axis_name=pp_axis_name,
+            dp_axis_names=dp_axis_names,
+            cp_axis_name=cp_axis_name,
+            tp_axis_name=tp_axis_name,
+        )
         _check_schedule_is_named(pipeline_parallel_schedule_csv, pipeline_parallel_schedule)
+        _check_seq_len(seq_len)
+        facts = {
+            "pipeline_parallel_schedule": pipeline_parallel_schedule,
+            "pipeline_parallel_schedule_csv": _contents(pipeline_parallel_schedule_csv),
+            "layers_per_stage": layers_per_stage,
+            "round_to_pp_multiple": round_to_pp_multiple,
+            "module_fqns_per_model_part": module_fqns_per_model_part,
+            "microbatch_size": microbatch_size,
+            "local_batch_size": local_batch_size,
+            "patch_inner_model": patch_inner_model,
+            "patch_causal_lm_model": patch_causal_lm_model,
+            "scale_grads": scale_grads,
+            "seq_len": seq_len,
+            "reduce_grad_per_microbatch": reduce_grad_per_microbatch,
+            "patch_stage_backward_maybe_with_nosync": patch_stage_backward_maybe_with_nosync,
+            "tensor_dtype": tensor_dtype,
+            "a loss_fn": loss_fn is not None,
+            "a parallelize_fn": parallelize_fn is not None,
+            **model_facts(model),
+        }
         stages, parts = split_model_into_stages(
             model,
-            mesh,
+            world_mesh[pp_axis_name],
             pp_axis_name,
             pipeline_parallel_schedule,
             device,
@@ -119,10 +131,9 @@ def pipeline_model(
             local_batch_size,
             stages,
         )
-        _check_seq_len(seq_len)
-    except (PipelineConfigError, FileNotFoundError) as error:
+    except Exception as error:  # whatever it is: the other ranks wait for this one
         refusal = error
-    agree({**settings, **model_facts(model)}, refusal, _all_ranks(world_mesh, mesh))
+    agree(facts, refusal, group)
     if parallelize_fn is not None:
         for index, stage in enumerate(stages):
             replaced = parallelize_fn(
@@ -135,7 +146,9 @@ def pipeline_model(
                 ep_axis_name=ep_axis_name,
                 ep_shard_axis_names=ep_shard_axis_names,
             )
-            parts[index] = parts[index] if replaced is None else replaced
+            if replaced is not None:
+                _check_replacement(parts[index], replaced)
+                parts[index] = replaced
             stage.submod = parts[index]
     for part in parts:
         _move(part, device)
@@ -161,21 +174,37 @@ def pipeline_model(
     )
 
 
-def _pipeline_mesh(world_mesh: DeviceMesh, pp_axis_name: str) -> DeviceMesh:
-    names = world_mesh.mesh_dim_names or ()
-    if pp_axis_name not in names:
-        raise PipelineConfigError(
-            f"pp_axis_name ({pp_axis_name!r}) is no axis of world_mesh, which has {list(names)}: "
-            f"make the mesh with init_device_mesh(..., mesh_dim_names=(..., {pp_axis_name!r}))."
-        )
-    return world_mesh[pp_axis_name]
-
-
-def _all_ranks(world_mesh: DeviceMesh, pp_mesh: DeviceMesh) -> dist.ProcessGroup:
+def _all_ranks(world_mesh: DeviceMesh, pp_axis_name: str) -> dist.ProcessGroup:
     """Everybody who takes part: the other replicas too, where the mesh is the whole job."""
     if world_mesh.size() == dist.get_world_size() and dist.group.WORLD is not None:
         return dist.group.WORLD
-    return pp_mesh.get_group()
+    _check_axes(world_mesh, pp_axis_name=pp_axis_name)
+    return world_mesh[pp_axis_name].get_group()
+
+
+def _check_axes(world_mesh: DeviceMesh, **axes: Any) -> None:
+    """Data-parallel names are parallelize_fn's business: flattened axes are not in the mesh."""
+    names = world_mesh.mesh_dim_names or ()
+    for argument, name in axes.items():
+        if argument == "dp_axis_names":
+            if isinstance(name, str):
+                raise PipelineConfigError(
+                    f"dp_axis_names ({name!r}) must be a tuple of names: write ({name!r},)."
+                )
+        elif name is not None and name not in names:
+            raise PipelineConfigError(
+                f"{argument} ({name!r}) is no axis of world_mesh, which has {list(names)}: use one "
+                f"of these, or make the mesh with mesh_dim_names=(..., {name!r})."
+            )
+
+
+def _check_replacement(part: nn.Module, replaced: Any) -> None:
+    """A stage must be findable in what stands for it: tied weights and clipping need its names."""
+    if not isinstance(replaced, nn.Module) or boundary_of(replaced) is not boundary_of(part):
+        raise PipelineConfigError(
+            f"parallelize_fn returned a {type(replaced).__name__} that does not hold the part it "
+            f"was given as a submodule: return the part, a module around it, or None."
+        )
 
 
 def _move(part: nn.Module, device: torch.device) -> None:
@@ -190,39 +219,26 @@ def _move(part: nn.Module, device: torch.device) -> None:
         part.to(device)
 
 
-def _check_axes(world_mesh: DeviceMesh, dp: tuple[str, ...], *others: str | None) -> None:
-    names = world_mesh.mesh_dim_names or ()
-    if isinstance(cast("Any", dp), str):
-        raise PipelineConfigError(
-            f"dp_axis_names ({dp!r}) must be a tuple of names: write ({dp!r},)."
-        )
-    for name in others:
-        if name is not None and name not in names:
-            raise PipelineConfigError(
-                f"axis {name!r} is not in world_mesh, which has {list(names)}: leave it None."
-            )
-
-
 def _check_schedule_is_named(csv: str | PathLike[str] | None, name: str | None) -> None:
-    if csv is None and name is None:
+    if not csv and not name:
         raise PipelineConfigError(
-            "pipeline_parallel_schedule and pipeline_parallel_schedule_csv are both None: use "
+            "pipeline_parallel_schedule and pipeline_parallel_schedule_csv are both empty: use "
             "pipeline_parallel_schedule='1F1B', another schedule's name, or a CSV file."
         )
-    if csv is None and name is not None:
+    if not csv and name:
         find_schedule(name)
 
 
 def _check_seq_len(seq_len: int | None) -> None:
-    if seq_len is not None and (isinstance(seq_len, bool) or seq_len < 1):
+    if seq_len is not None and (type(seq_len) is not int or seq_len < 1):
         raise PipelineConfigError(
-            f"seq_len ({seq_len}) must be a positive number of tokens, or None to find the shapes "
-            f"on the first step."
+            f"seq_len ({seq_len!r}) must be a positive number of tokens, or None to find the "
+            f"shapes on the first step."
         )
 
 
 def _contents(path: str | PathLike[str] | None) -> str | None:
     """What the file says, not where it lies: paths may differ between machines."""
-    if path is None or not Path(path).is_file():
-        return None if path is None else str(path)
+    if not path or not Path(path).is_file():
+        return str(path) if path else None
     return Path(path).read_text(encoding="utf-8", errors="replace")

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.partition import generate_hf_model_fqn_per_model_part
+from hfpp.runtime.module_names import HOOK, customized, may_be_missing
+from hfpp.runtime.ownership import find_tied, separate_copies
+from hfpp.runtime.stage_boundary import StageBoundary
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch.distributed as dist
 
 
 def prune(
@@ -17,35 +24,100 @@ def prune(
     module_names_per_stage: list[list[str]] | None,
     num_stages: int,
     stage_ids: Sequence[int],
+    group: dist.ProcessGroup | None,
+    argument: str,
 ) -> list[nn.Module]:
     """Copies of ``model`` with its own forward and only the named modules.
 
     A list of layers becomes an ``nn.ModuleDict`` with the layers' indices as keys, so that FQNs
-    stay; other foreign modules become None. Tensors are shared, not copied.
+    stay; other foreign modules become None. Tensors are shared, not copied, but for what two stages
+    of this rank both train.
+
+    Args:
+        model: the whole model.
+        module_names_per_stage: the modules of every stage; None for the uniform partition.
+        num_stages: stages of the pipeline.
+        stage_ids: this rank's.
+        group: the pipeline's ranks.
+        argument: what the caller calls the names.
+
+    Raises:
+        PipelineConfigError: for a name that the model lacks, and a parameter that no stage or more
+            than one has.
     """
-    if module_names_per_stage is None:
-        module_names_per_stage = _generated(model, num_stages)
-    return [_pruned(model, set(module_names_per_stage[index])) for index in stage_ids]
+    names = module_names_per_stage
+    if names is None:
+        argument, names = HOOK, _generated(model, num_stages)
+    holders = _holders(model, names, argument)
+    tied, held = find_tied(model, holders), set[int]()
+    modules = []
+    for index in stage_ids:
+        stage = _pruned(model, set(names[index]))
+        separate_copies(stage, tied, index, held)
+        held.add(index)
+        copies = (n for t in tied for s, own in t.names[1:] if s == index for n in own)
+        stage.__dict__["_hfpp_boundary"] = StageBoundary(
+            stage_index=index,
+            num_stages=num_stages,
+            layers=range(0),
+            tied_names=frozenset(copies),
+            tied=tied,
+            pp_group=group,
+            anatomy=None,
+        )
+        modules.append(stage)
+    return modules
 
 
 def _generated(model: nn.Module, num_stages: int) -> list[list[str]]:
-    prefix = "model." if isinstance(getattr(model, "model", None), nn.Module) else ""
-    layers = getattr(model.get_submodule(prefix.rstrip(".")), "layers", None)
+    parent = "model" if isinstance(getattr(model, "model", None), nn.Module) else ""
+    prefix = f"{parent}." if parent else ""
+    layers = getattr(model.get_submodule(parent), "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise PipelineConfigError(
             f"{type(model).__name__} keeps its own forward, but has no nn.ModuleList at "
             f"'{prefix}layers': give module_names_per_stage."
         )
     names = generate_hf_model_fqn_per_model_part(num_stages, len(layers), fqn_prefix=prefix)
-    return [[name for name in part if _holds(model, name)] for part in names]
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    names = [[name for name in part if name in known] for part in names]
+    return customized(model, names, parent)
 
 
-def _holds(model: nn.Module, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
+def _holders(model: nn.Module, names: list[list[str]], argument: str) -> dict[str, list[int]]:
+    """The stages of every parameter, by FQN, after checking the names."""
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    last: dict[str, int] = {}  # the highest index listed so far, by list of layers
+    for stage, modules in enumerate(names):
+        for name in modules:
+            if name not in known and not may_be_missing(name):
+                raise PipelineConfigError(
+                    f"{argument}[{stage}]: {name!r} is no module of {type(model).__name__}: check "
+                    f"the spelling."
+                )
+            parent, _, index = name.rpartition(".")
+            if index.isdecimal():
+                if int(index) <= last.get(parent, -1):
+                    raise PipelineConfigError(
+                        f"{argument}[{stage}]: {name!r} stands after {parent}.{last[parent]}: list "
+                        f"each layer once, in order."
+                    )
+                last[parent] = int(index)
+    holders: dict[str, list[int]] = {}
+    for parameter, _ in model.named_parameters(remove_duplicate=False):
+        stages = [
+            stage
+            for stage, modules in enumerate(names)
+            if any(parameter.startswith(f"{name}.") for name in modules)
+        ]
+        if len(stages) != 1:
+            problem = f"on stages {stages}" if stages else "on no stage"
+            raise PipelineConfigError(
+                f"{argument} has the parameter {parameter!r} of {type(model).__name__} {problem}: "
+                f"list its module on exactly one stage."
+            )
+        holders[parameter] = stages
+    return holders
 
 
 def _pruned(model: nn.Module, kept: set[str]) -> nn.Module:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,15 +18,19 @@ from hfpp.plan.partition import calculate_virtual_stages, check_rounding, unifor
 from hfpp.plan.placement import Placement, stage_ids_this_rank
 from hfpp.plan.schedule import find_schedule, read_csv
 from hfpp.runtime.anatomy import Anatomy, find_anatomy, first_argument, forward_constants
-from hfpp.runtime.module_names import check_module_names, module_names_of, offsets_of
-from hfpp.runtime.ownership import Ownership, find_ownership
-from hfpp.runtime.prune import prune
-from hfpp.runtime.stage_module import (
-    StageBoundary,
-    hollow_layer,
-    hollow_parameters,
-    make_stage,
+from hfpp.runtime.hollow import hollow_layer, hollow_parameters
+from hfpp.runtime.module_names import (
+    HOOK,
+    check_module_names,
+    customized,
+    module_names_of,
+    offsets_of,
+    stage_listing,
 )
+from hfpp.runtime.ownership import Ownership, find_ownership, separate_copies
+from hfpp.runtime.prune import prune
+from hfpp.runtime.stage_boundary import StageBoundary
+from hfpp.runtime.stage_module import make_stage
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -60,36 +65,36 @@ def split_model_into_stages(
     check_rounding(round_to_pp_multiple)
     mesh = pp_mesh[pp_axis_name] if pp_mesh.ndim > 1 else pp_mesh
     pp_size, pp_rank, group = mesh.size(), mesh.get_local_rank(), mesh.get_group()
-    placement, stages_per_rank, single = _layout(pp_schedule, pipeline_parallel_schedule_csv)
+    layout = _layout(pp_schedule, pipeline_parallel_schedule_csv)
     own_forward = not (patch_inner_model or patch_causal_lm_model) or bool(
         getattr(type(model), "_pp_keep_self_forward", False)
     )
-    _refuse_silent_differences(model, pp_size)
     if anatomy is None and not own_forward:
         # even a model that cannot be cut runs on one stage
-        anatomy = _try_anatomy(model) if single and pp_size == 1 else find_anatomy(model)
+        anatomy = _try_anatomy(model) if layout.single and pp_size == 1 else find_anatomy(model)
     if module_names_per_stage is not None:
         num_stages = len(module_names_per_stage)
-    elif layers_per_stage is None and stages_per_rank is not None:
-        num_stages = pp_size * stages_per_rank
+    elif layers_per_stage is None and layout.stages_per_rank is not None:
+        num_stages = pp_size * layout.stages_per_rank
     else:
         num_layers = _num_layers(model) if anatomy is None else anatomy.num_layers
         num_stages, _ = calculate_virtual_stages(
-            num_layers, layers_per_stage, pp_size, single, round_to_pp_multiple
+            num_layers, layers_per_stage, pp_size, layout.single, round_to_pp_multiple
         )
-    _check_stage_count(num_stages, pp_size, stages_per_rank, pp_schedule)
-    ids = stage_ids_this_rank(pp_rank, pp_size, num_stages, placement.value)
+    _check_stage_count(num_stages, pp_size, layout)
+    _refuse_silent_differences(model, num_stages)
+    ids = stage_ids_this_rank(pp_rank, pp_size, num_stages, layout.placement.value)
     if own_forward:
-        modules = prune(model, module_names_per_stage, num_stages, ids)
+        modules = prune(model, module_names_per_stage, num_stages, ids, group, names_argument)
     elif anatomy is None:
         modules = [_whole_model(model, group)]
     else:
         names = module_names_per_stage
         if names is None:
-            names_argument = "customize_pipeline_stage_modules"
-            names = _generated_names(model, anatomy, num_stages)
+            names_argument = HOOK
+            names = _generated_names(model, anatomy, num_stages, layout)
         offsets = offsets_of(names, anatomy, names_argument)
-        ownership = find_ownership(model, anatomy, offsets)
+        ownership = find_ownership(model, anatomy, offsets, partial(stage_listing, names))
         check_module_names(names, anatomy, ownership, names_argument)
         modules = build_stages(model, anatomy, ownership, ids, group)
     stages = [
@@ -103,45 +108,51 @@ def split_model_into_stages(
     return stages, modules
 
 
-def _layout(
-    schedule: str | None, csv: str | PathLike[str] | None
-) -> tuple[Placement, int | None, bool]:
-    """Placement, stages per rank (None: any number from two) and whether it is one."""
-    if csv is not None:
+class _Layout(NamedTuple):
+    """What a schedule asks of the stages; ``stages_per_rank`` None means any number from two."""
+
+    schedule: str
+    placement: Placement
+    stages_per_rank: int | None
+
+    @property
+    def single(self) -> bool:
+        return self.stages_per_rank == 1
+
+
+def _layout(schedule: str | None, csv: str | PathLike[str] | None) -> _Layout:
+    if csv:
         table = read_csv(csv)
-        return table.placement, table.stages_per_rank, table.stages_per_rank == 1
+        return _Layout(f"the schedule in {csv}", table.placement, table.stages_per_rank)
     if schedule is None:
         raise PipelineConfigError(
             "pp_schedule is None and there is no pipeline_parallel_schedule_csv: use "
             "pp_schedule='1F1B', another schedule's name, or a CSV file."
         )
     spec = find_schedule(schedule, argument="pp_schedule")
-    return spec.placement, spec.stages_per_rank, spec.single_stage
+    return _Layout(spec.name, spec.placement, spec.stages_per_rank)
 
 
-def _check_stage_count(
-    num_stages: int, pp_size: int, stages_per_rank: int | None, schedule: str | None
-) -> None:
+def _check_stage_count(num_stages: int, pp_size: int, layout: _Layout) -> None:
     per_rank, rest = divmod(num_stages, pp_size)
-    if rest or per_rank == 0:
-        raise PipelineConfigError(
-            f"num_stages ({num_stages}) must be a positive multiple of pp_size ({pp_size}): "
-            f"give {max(1, per_rank) * pp_size} stages."
-        )
-    if per_rank == stages_per_rank or (stages_per_rank is None and per_rank > 1):
+    wanted = layout.stages_per_rank
+    if rest == 0 and (per_rank == wanted or (wanted is None and per_rank > 1)):
         return
-    rule = "2 or more" if stages_per_rank is None else f"exactly {stages_per_rank}"
+    rule = "2 or more" if wanted is None else f"exactly {wanted}"
+    right = pp_size * (wanted or max(2, per_rank))
     raise PipelineConfigError(
-        f"{schedule or 'the schedule of the CSV file'} needs {rule} stages per rank, got "
-        f"{per_rank} ({num_stages} stages on {pp_size} ranks): use "
-        f"{pp_size * (stages_per_rank or 2)} stages."
+        f"{num_stages} stages cannot be dealt to pp_size ({pp_size}) ranks: the number of stages "
+        f"must be a positive multiple of pp_size, and {layout.schedule} needs {rule} per rank. Use "
+        f"{right} stages."
     )
 
 
-def _refuse_silent_differences(model: nn.Module, pp_size: int) -> None:
+def _refuse_silent_differences(model: nn.Module, num_stages: int) -> None:
     """Settings whose effect a split model would lose without a word."""
     config = getattr(model, "config", None)
-    if pp_size > 1 and getattr(config, "output_router_logits", False):
+    text = getattr(config, "get_text_config", lambda: config)()
+    asked = any(getattr(c, "output_router_logits", False) for c in (config, text))
+    if num_stages > 1 and asked:
         raise PipelineConfigError(
             f"{type(model).__name__} has config.output_router_logits=True: the auxiliary loss of "
             f"the routers would be lost, as no stage sees all routers. Set "
@@ -168,20 +179,19 @@ def _num_layers(model: nn.Module) -> int:
     return int(layers)
 
 
-def _generated_names(model: nn.Module, anatomy: Anatomy, num_stages: int) -> list[list[str]]:
+def _generated_names(
+    model: nn.Module, anatomy: Anatomy, num_stages: int, layout: _Layout
+) -> list[list[str]]:
     """The uniform partition in the model's own names, or what the model's hook makes of it."""
+    if num_stages > anatomy.num_layers:
+        raise PipelineConfigError(
+            f"{layout.schedule} on this pipeline has {num_stages} stages, but "
+            f"{anatomy.model_name} has {anatomy.num_layers} layers, and every stage needs one: use "
+            f"fewer ranks, or a schedule with fewer stages per rank."
+        )
     offsets = uniform_offsets(num_stages, anatomy.num_layers).row()
     names = module_names_of(find_ownership(model, anatomy, offsets), anatomy)
-    hook = getattr(model, "customize_pipeline_stage_modules", None)
-    if hook is None:
-        return names
-    parent = anatomy.layers_name.rpartition(".")[0]
-    custom = hook(
-        [list(part) for part in names],
-        layers_prefix=f"{parent}." if parent else "",
-        text_model=model.get_submodule(parent) if parent else model,
-    )
-    return names if custom is None else custom
+    return customized(model, names, anatomy.layers_name.rpartition(".")[0])
 
 
 def build_stages(
@@ -200,7 +210,7 @@ def build_stages(
     modules = []
     for index in stage_ids:
         stage = _structural_copy(model, anatomy, ownership, index)
-        _separate_copies(stage, ownership, index, held)
+        separate_copies(stage, ownership.tied, index, held)
         boundary = StageBoundary(
             stage_index=index,
             num_stages=len(ownership.layers),
@@ -247,19 +257,6 @@ def _structural_copy(
         if dropped:
             hollow_parameters(module, dropped)
     return stage
-
-
-def _separate_copies(stage: nn.Module, ownership: Ownership, index: int, held: set[int]) -> None:
-    """Give the stage a tensor of its own where an earlier stage of this rank trains the same."""
-    for tied in ownership.tied:
-        names: Mapping[int, tuple[str, ...]] = dict(tied.names)
-        if index not in names or held.isdisjoint(names):
-            continue
-        original = stage.get_parameter(names[index][0])
-        mine = nn.Parameter(original.detach().clone(), requires_grad=original.requires_grad)
-        for name in names[index]:
-            owner, _, own_name = name.rpartition(".")
-            stage.get_submodule(owner)._parameters[own_name] = mine
 
 
 def _whole_model(model: nn.Module, group: dist.ProcessGroup | None) -> nn.Module:

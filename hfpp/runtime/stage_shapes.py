@@ -12,7 +12,7 @@ from torch import nn
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.tensor_shapes import hidden_and_vocab_size
 from hfpp.runtime import torch_compat as compat
-from hfpp.runtime.stage_module import boundary_of, cast_dtype, unwrapped
+from hfpp.runtime.stage_boundary import boundary_of, cast_dtype, unwrapped
 
 if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage

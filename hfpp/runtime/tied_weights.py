@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hfpp.errors import PipelineConfigError
-from hfpp.runtime.stage_module import Place, boundary_of, place_of
+from hfpp.runtime.stage_boundary import Place, boundary_of, place_of
 
 if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage

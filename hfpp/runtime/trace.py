@@ -9,23 +9,14 @@ node of a data-flow graph, which sees integer, frozen and no-gradient flows that
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-
-class Key(NamedTuple):
-    """A path's step into a mapping; steps into tuples and lists are plain integers."""
-
-    name: Any
-
-
-Path = tuple[int | Key, ...]
-"""Where a value sits in ``(args, kwargs)`` of a call: ``(0, 0)`` is the first positional argument,
-``(1, Key("mask"))`` the keyword argument ``mask``."""
+from hfpp.runtime.paths import Path, map_tensors, walk_tensors
 
 aten = torch.ops.aten
 _CPU = torch.device("cpu")
@@ -53,32 +44,6 @@ _IOTA = frozenset((aten.topk, aten.sort, aten.argsort, aten.kthvalue))
 _INDEXING = frozenset(
     (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index)
 )
-
-
-def walk_tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor]]:
-    """Yield every tensor inside nested tuples, lists and mappings, with its path."""
-    if isinstance(value, torch.Tensor):
-        yield path, value
-    elif isinstance(value, Mapping):
-        for key in list(value):
-            yield from walk_tensors(value[key], (*path, Key(key)))
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from walk_tensors(item, (*path, index))
-
-
-def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
-    """Rebuild nested tuples, lists and dicts with ``function`` applied to each tensor."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, list | tuple):
-        items = [map_tensors(function, item) for item in value]
-        if isinstance(value, list):
-            return items
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if isinstance(value, dict):
-        return {key: map_tensors(function, item) for key, item in value.items()}
-    return value
 
 
 def _storage_key(tensor: torch.Tensor) -> int:

@@ -6,10 +6,13 @@ import json
 import random
 from array import array
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfpp.train.errors import OptionError
+from hfpp.train.model_folder import read_model_folder
+from hfpp.train.randomness import without_randomness
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,12 +37,6 @@ _DEFAULT_CONFIG: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-# Names that configurations give to their number of layers and of known token ids.
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-# What draws random numbers in a forward: a pipeline's ranks draw others than one process would.
-_RANDOM_PARTS = ("drop", "jitter")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +51,9 @@ class RunInputs:
         num_bytes: of the text in UTF-8.
         text_name: the text, in words.
         model_name: the model, in words.
+        tokenizer_name: the tokenizer, in words.
+        set_to_zero: entries of the configuration that turn dropout off.
+        digest: of the configuration and the tokens.
     """
 
     config_folder: Path
@@ -63,39 +63,65 @@ class RunInputs:
     num_bytes: int
     text_name: str
     model_name: str
+    tokenizer_name: str
+    set_to_zero: tuple[str, ...]
+    digest: str
 
 
 def prepare_inputs(options: TrainOptions, folder: Path) -> RunInputs:
     """Writes what the run reads into `folder`, checking model and text on the way.
 
+    Imports torch and transformers where the options name a model.
+
     Raises:
         OptionError: a model folder or a text that cannot be used, or that do not fit the other
-            options.
+            options. Nothing is written then.
     """
-    config = _DEFAULT_CONFIG if options.model is None else _read_config(options.model)
-    num_layers = _first_count(config, _LAYER_COUNTS)
-    if num_layers is not None:
-        options.check_layers(num_layers)
     text, text_name = read_text(options.text)
-    tokens = _tokenize(text, options, _first_count(config, ("vocab_size",)))
+    vocab_size: int | None
+    ids: Iterable[int]
+    if options.model is None:
+        config, weights_folder, vocab_size = _DEFAULT_CONFIG, None, _BYTE_VALUES
+        options.check_layers(config["num_hidden_layers"])
+        tokenizer_name, ids = "bytes", iter(text.encode())
+    else:
+        from hfpp.train.model import check_model
+        from hfpp.train.tokens import tokenize
+
+        model_folder = read_model_folder(options.model)
+        config, vocab_size = check_model(options, model_folder)
+        weights_folder = options.model if model_folder.has_weights else None
+        tokenizer_name, ids = tokenize(text, model_folder)
+    config, set_to_zero = without_randomness(config)
+    tokens = array("i", ids)
+    largest = max(tokens)
+    if vocab_size is not None and largest >= vocab_size:
+        raise OptionError(
+            f"--model ({options.model}) knows token ids below {vocab_size}, but the text holds "
+            f"{largest} (tokenizer: {tokenizer_name}): use a model folder whose tokenizer fits its "
+            "vocab_size."
+        )
     if len(tokens) < options.seq_len:
         raise OptionError(
             f"--seq-len ({options.seq_len}) is more than the {len(tokens)} tokens of {text_name}: "
             "use a longer --text or a smaller --seq-len."
         )
-    (folder / "config.json").write_text(json.dumps(_without_randomness(config)), encoding="utf-8")
+    config_text = json.dumps(config)
+    (folder / "config.json").write_text(config_text, encoding="utf-8")
     tokens_file = folder / "tokens.int32"
     with tokens_file.open("wb") as file:
         tokens.tofile(file)
-    has_weights = options.model is not None and _holds_any(options.model, _WEIGHT_FILES)
     return RunInputs(
         config_folder=folder,
-        weights_folder=options.model if has_weights else None,
+        weights_folder=weights_folder,
         tokens_file=tokens_file,
         num_tokens=len(tokens),
         num_bytes=len(text.encode()),
         text_name=text_name,
         model_name=f"small {config['model_type']}" if options.model is None else str(options.model),
+        tokenizer_name=tokenizer_name,
+        set_to_zero=set_to_zero,
+        digest=sha256(config_text.encode() + tokens.tobytes()).hexdigest(),
     )
 
 
@@ -129,67 +155,3 @@ def read_text(path: Path | None) -> tuple[str, str]:
     if not text:
         raise OptionError(f"--text ({path}) is empty: give a file with text.")
     return text, str(path)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OptionError(
-            f"--model ({folder}) has no readable config.json ({error.strerror}): give a local "
-            "folder that holds a model's configuration, with or without its safetensors."
-        ) from None
-    except ValueError as error:
-        raise OptionError(f"--model ({folder}): config.json is not JSON: {error}.") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise OptionError(
-            f"--model ({folder}): config.json names no model_type: give the configuration of a "
-            "transformers model."
-        )
-    if not _holds_any(folder, _WEIGHT_FILES) and _holds_any(folder, ("pytorch_model.bin",)):
-        raise OptionError(
-            f"--model ({folder}) holds pytorch_model.bin but no model.safetensors: save the model "
-            "with transformers' save_pretrained, which writes safetensors."
-        )
-    return config
-
-
-def _tokenize(text: str, options: TrainOptions, vocab_size: int | None) -> array[int]:
-    if options.model is not None and _holds_any(options.model, _TOKENIZER_FILES):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        tokens = array("i", tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        kind = "its tokenizer"
-    else:
-        tokens, kind = array("i", iter(text.encode())), "bytes, as the folder has no tokenizer"
-    largest = max(tokens, default=0)
-    if vocab_size is not None and largest >= vocab_size:
-        raise OptionError(
-            f"--model ({options.model}) knows token ids below {vocab_size}, but the text holds "
-            f"{largest} ({kind}): use a model folder whose tokenizer fits its vocab_size."
-        )
-    return tokens
-
-
-def _without_randomness(value: Any, name: str = "") -> Any:
-    if isinstance(value, dict):
-        return {key: _without_randomness(item, key) for key, item in value.items()}
-    if isinstance(value, float | int) and not isinstance(value, bool):
-        return 0.0 if any(part in name.lower() for part in _RANDOM_PARTS) else value
-    return value
-
-
-def _first_count(config: dict[str, Any], names: Iterable[str]) -> int | None:
-    """The first of the names that the configuration, or its text part, has a count under."""
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict):
-            for name in names:
-                if isinstance(part.get(name), int):
-                    return int(part[name])
-    return None
-
-
-def _holds_any(folder: Path, names: Iterable[str]) -> bool:
-    return any((folder / name).is_file() for name in names)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import tempfile
+import traceback
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
+from hfpp.errors import PipelineConfigError
 from hfpp.train.errors import TrainingError
-from hfpp.train.inputs import prepare_inputs
+from hfpp.train.inputs import RunInputs, prepare_inputs
+from hfpp.train.model_folder import read_model_folder
 from hfpp.train.output import RunFolder
 from hfpp.train.processes import available_cores, ended_by_signals, run_processes
 from hfpp.train.report import Reporter
@@ -17,21 +22,20 @@ from hfpp.train.torchrun import TorchrunRank
 from hfpp.train.verify import compare_runs, reference_run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from hfpp.train.events import RunShape, StepMetrics
-    from hfpp.train.inputs import RunInputs
     from hfpp.train.options import TrainOptions
 
 __all__ = ["run_training"]
 
-# What the processes of a run import: seconds for each of them, so it is done once for all.
+# What the processes of a run import: seconds for each of them, so it is done once for all. Nothing
+# of hfpp.runtime: the plain model of --verify is trained in a process that never had it.
 _PRELOADED = (
     "torch.distributed.fsdp",
     "torch.distributed.pipelining",
     "torch.distributed.tensor",
     "transformers.models.llama.modeling_llama",
-    "hfpp.train.ranks",
 )
 
 
@@ -41,6 +45,9 @@ def run_training(options: TrainOptions) -> None:
     Started plainly, it makes one gloo process per rank and watches them; started by torchrun, this
     process is a rank of that job. Nothing is written or started before everything that can be
     checked has been.
+
+    A script that calls this, or `hfpp.cli.main`, does so under `if __name__ == "__main__":`, as the
+    new processes import the script.
 
     Raises:
         PipelineConfigError: a configuration that cannot work.
@@ -57,7 +64,7 @@ def _in_local_processes(options: TrainOptions) -> None:
     folder = RunFolder(options.out)
     folder.check(force=options.force)
     with ended_by_signals(), tempfile.TemporaryDirectory(prefix="hfpp-train-") as scratch:
-        inputs = prepare_inputs(options, Path(scratch))
+        inputs = _prepare(options, Path(scratch))
         folder.create()
         work = partial(
             _train_as_local_rank,
@@ -76,6 +83,39 @@ def _in_local_processes(options: TrainOptions) -> None:
                 preload=_PRELOADED,
             )
             _conclude(options, inputs, folder, reporter, device="cpu")
+
+
+def _prepare(options: TrainOptions, scratch: Path) -> RunInputs:
+    if options.model is None:
+        return prepare_inputs(options, scratch)
+    read_model_folder(options.model)  # what is wrong there is told at once
+    # Reading a model takes torch and transformers: not here, but where they are loaded anyway.
+    outcomes: list[RunInputs | PipelineConfigError] = []
+    run_processes(
+        partial(_prepare_in_process, options=options, folder=scratch),
+        1,
+        name="preparation",
+        on_event=outcomes.append,
+        log_folder=scratch,
+        preload=_PRELOADED,
+    )
+    (outcome,) = outcomes
+    if isinstance(outcome, PipelineConfigError):
+        raise outcome
+    return outcome
+
+
+def _prepare_in_process(
+    _index: int,
+    report: Callable[[RunInputs | PipelineConfigError], None],
+    *,
+    options: TrainOptions,
+    folder: Path,
+) -> None:
+    try:
+        report(prepare_inputs(options, folder))
+    except PipelineConfigError as error:
+        report(error)
 
 
 def _train_as_local_rank(
@@ -98,7 +138,11 @@ def _as_torchrun_rank(options: TrainOptions, rank: TorchrunRank) -> None:
     folder = RunFolder(options.out)
     if rank.rank == 0:
         folder.check(force=options.force)
-    with tempfile.TemporaryDirectory(prefix="hfpp-train-") as scratch:
+    with (
+        ended_by_signals(),
+        _one_line_per_failure(rank),
+        tempfile.TemporaryDirectory(prefix="hfpp-train-") as scratch,
+    ):
         inputs = prepare_inputs(options, Path(scratch))
         from hfpp.train.ranks import train_as_torchrun_rank
 
@@ -109,6 +153,24 @@ def _as_torchrun_rank(options: TrainOptions, rank: TorchrunRank) -> None:
         with Reporter(options, inputs, folder) as reporter:
             device = train_as_torchrun_rank(options, inputs, reporter.handle, rank=rank)
             _conclude(options, inputs, folder, reporter, device=str(device))
+
+
+@contextmanager
+def _one_line_per_failure(rank: TorchrunRank) -> Iterator[None]:
+    """Within it, what needs a traceback becomes a line that names the rank and a file with it."""
+    try:
+        yield
+    except (PipelineConfigError, TrainingError):
+        raise
+    except Exception as error:
+        # Not in --out, which belongs to the first rank and may lie on another machine.
+        number, path = tempfile.mkstemp(prefix=f"hfpp-rank-{rank.rank}-", suffix=".log")
+        with os.fdopen(number, "w", encoding="utf-8") as file:
+            traceback.print_exc(file=file)
+        what = shorten(f"{type(error).__name__}: {error}", 500)
+        raise TrainingError(
+            f"rank {rank.rank} of {rank.world_size} failed with {what}; the traceback is in {path}."
+        ) from error
 
 
 def _conclude(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from hfpp.functional import causal_lm_loss, clip_grad_norm_, pipeline_model
-from hfpp.runtime.stage_module import boundary_of, own_layers
+from hfpp.runtime.stage_boundary import boundary_of, own_layers
 from hfpp.train.errors import TrainingError
 from hfpp.train.events import RunShape, StageRow, StepMetrics
 from hfpp.train.model import Batches, build_model
@@ -61,7 +61,7 @@ def train_rank(
         report: takes the run's shape, then the metrics of every step, on the first rank only.
 
     Raises:
-        TrainingError: the loss is no longer finite (on every rank).
+        TrainingError: the loss or the gradients' norm is not finite any more (on every rank).
     """
     rank = _build(options, inputs, mesh, device)
     shape = _run_shape(options, rank)
@@ -133,17 +133,19 @@ def _steps(options: TrainOptions, rank: _Rank, batches: Batches) -> Iterator[Ste
         rank.warmup.step()
         rank.optimizer.zero_grad()
         loss = _mean_loss(losses, rank)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"The loss is {loss} at step {step + 1}: use a lower --lr ({options.lr}), a longer "
-                f"--warmup-steps ({options.warmup_steps}) or a smaller --max-grad-norm "
-                f"({options.max_grad_norm})."
-            )
+        grad_norm = norm.item()
+        for name, value in (("loss", loss), ("norm of the gradients", grad_norm)):
+            if not math.isfinite(value):  # on every rank: both are sums over all
+                raise TrainingError(
+                    f"The {name} is {value} at step {step + 1}: use a lower --lr ({options.lr}), a "
+                    f"longer --warmup-steps ({options.warmup_steps}) or a smaller --max-grad-norm "
+                    f"({options.max_grad_norm})."
+                )
         seconds = time.perf_counter() - started
         yield StepMetrics(
             step=step + 1,
             loss=loss,
-            grad_norm=norm.item(),
+            grad_norm=grad_norm,
             tokens_per_second=tokens_per_step / seconds,
             seconds=seconds,
         )

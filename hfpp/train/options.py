@@ -45,8 +45,8 @@ class TrainOptions:
         seed: of the initial weights and of the order of the data.
         max_grad_norm: gradients are clipped to this norm; 0 leaves them as they are.
         out: folder for the results.
-        force: write into a folder that already holds something.
-        verify: train the plain model too, and compare.
+        force: replace the results of an earlier run in `out`.
+        verify: train the plain model too, and compare every step's loss and gradient norm.
     """
 
     model: Path | None = None
@@ -107,9 +107,9 @@ class TrainOptions:
     def schedule_spec(self) -> ScheduleSpec:
         """The schedule that is meant."""
         try:
-            return find_schedule(self.schedule)
+            return find_schedule(self.schedule, argument="--schedule")
         except PipelineConfigError as error:
-            raise OptionError(f"--schedule ({self.schedule}): {error}") from None
+            raise OptionError(str(error)) from None
 
     @property
     def stages_per_rank(self) -> int:
@@ -138,30 +138,48 @@ class TrainOptions:
                 f"({self.microbatch_size}) times the {replicas} data-parallel pipelines: use "
                 f"--batch-size {-(-self.batch_size // share) * share}."
             )
-        spec, count = self.schedule_spec, self.n_microbatches(replicas)
+        count = self.n_microbatches(replicas)
+        if self._can_run(count):
+            return
+        # All counts below the number of stages work, or none does.
+        fewer = range(count - 1, self.num_stages - 1, -1)
+        more = range(max(count + 1, self.num_stages), count + self.num_stages + 1)
+        nearest = [next(filter(self._can_run, counts), None) for counts in (fewer, more)]
+        fitting = [n for n in nearest if n is not None]
+        each = f" for each of the {replicas} data-parallel pipelines" if replicas > 1 else ""
+        raise OptionError(
+            f"--schedule {self.schedule} with --pp {self.pp} cannot run the {count} microbatches "
+            f"that --batch-size ({self.batch_size}) and --microbatch-size "
+            f"({self.microbatch_size}) make{each}, but {' or '.join(map(str, fitting))}: use "
+            f"{' or '.join(f'--batch-size {n * share}' for n in fitting)}."
+        )
+
+    def _can_run(self, n_microbatches: int) -> bool:
         try:
             check_microbatches(
-                spec,
+                self.schedule_spec,
                 pp_size=self.pp,
                 num_stages=self.num_stages,
-                n_microbatches=count,
+                n_microbatches=n_microbatches,
             )
-        except PipelineConfigError as error:
-            raise OptionError(
-                f"--schedule {self.schedule} with --pp {self.pp} cannot run the {count} "
-                f"microbatches that --batch-size ({self.batch_size}) and --microbatch-size "
-                f"({self.microbatch_size}) make: {error}"
-            ) from None
+        except PipelineConfigError:
+            return False
+        return True
 
     def check_layers(self, num_layers: int) -> None:
         """Checks that the model has a layer for every stage.
 
         Raises:
-            OptionError: it has fewer layers than stages.
+            OptionError: it has fewer layers than stages, or none.
         """
+        if num_layers < 1:
+            raise OptionError(
+                f"--model ({self.model}) has {num_layers} layers, and every stage needs one: give "
+                "a configuration with layers."
+            )
         if self.num_stages > num_layers:
             fitting = num_layers // self.stages_per_rank
-            remedy = f"use --pp {fitting} or less" if fitting else "use --schedule 1F1B"
+            remedy = f"use --pp {fitting} or less" if fitting else "use --pp 1 --schedule 1F1B"
             raise OptionError(
                 f"--pp ({self.pp}) with --schedule {self.schedule} makes {self.num_stages} stages, "
                 f"but the model has {num_layers} layers, and every stage needs one: {remedy}."

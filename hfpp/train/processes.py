@@ -6,6 +6,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import signal
+import socket
 import sys
 import textwrap
 import threading
@@ -34,6 +35,7 @@ __all__ = ["available_cores", "ended_by_signals", "run_processes"]
 # Threads that spin while they wait take the cores of the other ranks: on a busy machine a step with
 # two of them took six times as long.
 _CHILD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+_UNWINDING_S = 10.0  # torchrun kills after 30
 _GRACE_S = 0.5  # after the first failure: for others to report, so that the cause is found
 
 
@@ -116,20 +118,40 @@ def run_processes(
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Within it, SIGTERM and SIGHUP unwind this process as `SystemExit(128 + number)`."""
+    """Within it, SIGTERM and SIGHUP unwind this process as `SystemExit(128 + number)`.
+
+    Where the main thread does not come to that, as it waits inside of a communication library, the
+    process ends without unwinding after some seconds.
+    """
+    numbers = (signal.SIGTERM, signal.SIGHUP)
 
     def leave(number: int, _frame: Any) -> None:
         raise SystemExit(128 + number)
 
+    def insist() -> None:
+        with receiving:
+            while number := receiving.recv(1):
+                if number[0] in numbers and not unwound.wait(_UNWINDING_S):
+                    os._exit(128 + number[0])
+
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    unwound = threading.Event()
+    receiving, sending = socket.socketpair()
+    sending.setblocking(False)
+    threading.Thread(target=insist, name="end by signal", daemon=True).start()
+    # The interpreter writes a signal's number there as it arrives, whatever the main thread does.
+    before_fd = signal.set_wakeup_fd(sending.fileno())
+    before = {number: signal.signal(number, leave) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(before_fd)
+        unwound.set()
+        sending.close()
 
 
 def available_cores() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import socket
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from hfpp.train.errors import OptionError
 from hfpp.train.loop import DP, PP, train_rank
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from hfpp.train.options import TrainOptions
     from hfpp.train.torchrun import TorchrunRank
 
-__all__ = ["train_as_local_rank", "train_as_torchrun_rank"]
+__all__ = ["check_same_inputs", "train_as_local_rank", "train_as_torchrun_rank"]
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -75,6 +77,9 @@ def train_as_torchrun_rank(
 
     Returns:
         The device that it trained on.
+
+    Raises:
+        OptionError: the ranks read different texts or configurations.
     """
     if torch.cuda.is_available() and torch.cuda.device_count() >= rank.local_world_size:
         device = torch.device("cuda", rank.local_rank)
@@ -83,8 +88,28 @@ def train_as_torchrun_rank(
     else:
         device = torch.device("cpu")
         dist.init_process_group("gloo", timeout=_TIMEOUT)
+    check_same_inputs(inputs)
     _train(options, inputs, device, report)
     return device
+
+
+def check_same_inputs(inputs: RunInputs) -> None:
+    """Checks that all ranks train on the same tokens; every rank calls it.
+
+    Raises:
+        OptionError: they do not (on every rank).
+    """
+    mine = (inputs.digest, f"{inputs.text_name} under Python {platform.python_version()}")
+    everyone = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    digest, first = everyone[0]
+    for rank, (other_digest, other) in enumerate(everyone):
+        if other_digest != digest:
+            raise OptionError(
+                f"rank 0 reads another text or model configuration ({first}) than rank {rank} "
+                f"({other}): give every rank the same --text and --model. The default text comes "
+                "with Python and differs between its versions."
+            )
 
 
 def _train(

@@ -1,7 +1,7 @@
 """The plain model, trained in one process: what a pipelined run must equal.
 
-None of hfpp's code is used here, nor imported: transformers' model, torch's loss, clipping and
-optimizer, the whole batch at once.
+None of hfpp's code is used here: transformers' model, torch's loss, clipping and optimizer, the
+whole batch at once. A run trains it in a process that has not imported `hfpp.runtime`.
 """
 
 from __future__ import annotations

@@ -69,6 +69,10 @@ class Reporter:
             f"({inputs.num_tokens:,} tokens), {options.schedule_spec.name}, --pp {options.pp}",
             soft_wrap=True,
         )
+        self._console.print(f"{self._start()}; tokenizer: {inputs.tokenizer_name}", soft_wrap=True)
+        if inputs.set_to_zero:
+            entries = ", ".join(inputs.set_to_zero)
+            self._console.print(f"dropout is off, set to 0: {entries}", soft_wrap=True)
         self._progress.start()
         self._begin("starting", total=None)
         return self
@@ -137,7 +141,15 @@ class Reporter:
                 f"allowed below {verdict.tolerance:.0e}",
                 soft_wrap=True,
             )
-        self._console.print(f"results are in {self._folder.path}", soft_wrap=True)
+        self._console.print(
+            f"results are in {self._folder.path}; the trained weights are not saved", soft_wrap=True
+        )
+
+    def _start(self) -> str:
+        weights = self._inputs.weights_folder
+        if weights is None:
+            return f"starts from random weights (--seed {self._options.seed})"
+        return f"starts from the checkpoint in {weights}"
 
     def _begin(self, description: str, *, total: int | None) -> None:
         if self._task is not None:
@@ -167,6 +179,10 @@ class Reporter:
             },
             "text": self._inputs.text_name,
             "model": self._inputs.model_name,
+            "start": self._start(),
+            "tokenizer": self._inputs.tokenizer_name,
+            "set_to_zero": self._inputs.set_to_zero,
+            "weights_saved": False,
             "versions": {
                 "python": platform.python_version(),
                 **{name: version(name) for name in ("hfpp", "torch", "transformers")},

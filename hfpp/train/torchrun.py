@@ -32,15 +32,21 @@ class TorchrunRank:
 
     @classmethod
     def from_environment(cls) -> Self | None:
-        """The place that torchrun's variables tell of; None when it did not start this process."""
+        """The place that torchrun's variables tell of; None when it did not start this process.
+
+        Raises:
+            OptionError: the variables are no such place.
+        """
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return None
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        world_size = _number("WORLD_SIZE", least=1)
+        rank = _number("RANK", below=world_size)
+        local_world_size = _number("LOCAL_WORLD_SIZE", usual=world_size, least=1)
         return cls(
             rank=rank,
             world_size=world_size,
-            local_rank=int(os.environ.get("LOCAL_RANK", rank)),
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+            local_rank=_number("LOCAL_RANK", usual=rank, below=local_world_size),
+            local_world_size=local_world_size,
         )
 
     def check(self, options: TrainOptions) -> None:
@@ -57,3 +63,14 @@ class TorchrunRank:
                 f"start {nearest} ranks, or use --pp {fitting}."
             )
         options.check_schedule(replicas=self.world_size // options.pp)
+
+
+def _number(name: str, *, usual: int = 0, least: int = 0, below: int | None = None) -> int:
+    given = os.environ.get(name, str(usual))
+    if given.isdecimal() and least <= int(given) and (below is None or int(given) < below):
+        return int(given)
+    bound = f"at least {least}" if below is None else f"from {least} to {below - 1}"
+    raise OptionError(
+        f"{name} ({given!r}) in the environment must be an integer, {bound}: start the job with "
+        "torchrun, or unset RANK and WORLD_SIZE to run local processes."
+    )

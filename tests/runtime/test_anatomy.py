@@ -7,8 +7,9 @@ import torch
 
 from hfpp.errors import PipelineConfigError
 from hfpp.runtime.anatomy import find_anatomy
+from hfpp.runtime.paths import Key
 from hfpp.runtime.skeleton import meta_skeleton
-from hfpp.runtime.trace import Key, run_hollow
+from hfpp.runtime.trace import run_hollow
 from tests.models import FAMILIES, PlainModel, tiny_model, token_ids
 from tests.reference.autograd_anatomy import parameters_around
 

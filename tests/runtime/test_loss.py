@@ -139,3 +139,12 @@ def test_errors_name_the_argument(arguments, names):
     with pytest.raises(PipelineConfigError) as raised:
         causal_lm_loss(*arguments)
     assert str(raised.value).startswith(names)
+
+
+def test_a_tensor_of_items_divides_as_the_number_does() -> None:
+    logits, labels = torch.zeros(1, 3, 4), torch.ones(1, 3, dtype=torch.int64)
+    for items in (0.5, 1.0, 3.0):
+        by_tensor = causal_lm_loss(logits, labels, torch.tensor(items))
+        torch.testing.assert_close(by_tensor, causal_lm_loss(logits, labels, items))
+    with pytest.raises(PipelineConfigError, match="must not be negative"):
+        causal_lm_loss(logits, labels, torch.tensor(-3.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from transformers import LlamaForCausalLM
 
 from hfpp import causal_lm_loss, pipeline_model, reset_pp_stage_shapes, scale_grads_by_divisor
 from hfpp.errors import PipelineConfigError
+from hfpp.plan.partition import generate_hf_model_fqn_per_model_part
 from hfpp.plan.schedule import compute_table, find_schedule, write_csv
 from hfpp.runtime.pipeline import Pipeline, _move
 from tests.models import (
     FAMILIES,
     SEQ,
     PlainModel,
+    config_of,
     padding_mask,
     relative_error,
     tiny_model,
@@ -476,7 +480,7 @@ REFUSALS = {
     ),
     "unknown schedule": Refusal("unknown", pipeline_parallel_schedule="2F2B"),
     "abstract schedule": Refusal("abstract", pipeline_parallel_schedule="PipelineScheduleMulti"),
-    "no schedule": Refusal("both None", pipeline_parallel_schedule=None),
+    "no schedule": Refusal("both empty", pipeline_parallel_schedule=None),
     "uneven batch": Refusal("must be divisible by", local_batch_size=7),
     "too few microbatches": Refusal("1F1B needs", local_batch_size=2),
     "too few for DualPipeV": Refusal(
@@ -497,7 +501,19 @@ REFUSALS = {
         "layers", pipeline_parallel_schedule="Interleaved1F1B", family="short"
     ),
     "axis": Refusal("pp_axis_name", pp_axis_name="pipe"),
+    "another axis": Refusal("tp_axis_name .'tensor'.", tp_axis_name="tensor"),
+    "dp_axis_names": Refusal(r"write \('dp',\)", dp_axis_names="dp"),
     "seq_len": Refusal("seq_len", seq_len=0),
+    "broken seq_len": Refusal("seq_len", seq_len=7.5),
+    "head on both stages": Refusal(
+        "list it on stage 1 only", module_fqns_per_model_part=_listed((0, [*UNEVEN[0], "lm_head"]))
+    ),
+    "more stages than layers, by schedule": Refusal(
+        "ZBVZeroBubble on this pipeline has 4 stages, but LlamaForCausalLM has 2 layers",
+        family="short",
+        pipeline_parallel_schedule="ZBVZeroBubble",
+    ),
+    "CSV that is not there": Refusal("missing.csv", pipeline_parallel_schedule_csv="missing.csv"),
     "router logits": Refusal("output_router_logits", family="router"),
     "model without layers": Refusal("Unsplittable cannot be split", family="unsplittable"),
 }
@@ -529,7 +545,7 @@ def refuse(rank: int, size: int) -> dict[str, str]:
                 _refused_model(refusal.family), mesh, None, **settings(**refusal.changes)
             )
             found[name] = "accepted"
-        except PipelineConfigError as error:
+        except (PipelineConfigError, FileNotFoundError) as error:
             found[name] = str(error)
     return found
 
@@ -557,15 +573,25 @@ def disagree(rank: int, size: int) -> dict[str, str]:
         "microbatch": (tiny_model("llama"), {"local_batch_size": 16 if odd else 8}),
         "tied": (tiny_model("llama", tie_word_embeddings=odd), {}),
         "own error": (tiny_model("llama"), {"local_batch_size": 7 if odd else 8}),
+        "no loss": (tiny_model("llama"), {"loss_fn": None if odd else loss_fn}),
+        "crash": (Crashing(config_of("llama")) if odd else tiny_model("llama"), {}),
     }
     for name, (model, changes) in cases.items():
         try:
             pipeline_model(model, mesh, None, **settings(**changes))
             found[name] = "accepted"
-        except PipelineConfigError as error:
+        except (PipelineConfigError, ZeroDivisionError) as error:
             found[name] = str(error)
     dist.barrier()
     return found
+
+
+class Crashing(LlamaForCausalLM):
+    """Its hook has a bug."""
+
+    def customize_pipeline_stage_modules(self, names: Any, **_: Any) -> Any:
+        """Fail as code fails."""
+        return 1 / len([])
 
 
 def test_ranks_that_disagree_all_hear_of_it() -> None:
@@ -578,6 +604,8 @@ def test_ranks_that_disagree_all_hear_of_it() -> None:
         "microbatch": "local_batch_size",
         "tied": "tie",
         "own error": "must be divisible by",
+        "no loss": "a loss_fn",
+        "crash": "division by zero",
     }
     for result in results:
         for name, pattern in expected.items():
@@ -600,6 +628,114 @@ def test_replicas_that_disagree_all_hear_of_it() -> None:
     results = run_ranks(disagree_between_replicas, 4, timeout_s=60)
     assert len(set(results)) == 1
     assert "config.rms_norm_eps: rank 0 has 1e-06, rank 3 has 1e-05" in results[0]
+
+
+def different_keywords(rank: int, size: int) -> tuple[str, str]:
+    """A mask that only the first rank passes, by keyword and by position."""
+    mesh, found = mesh_of(size), []
+    ids, mask = token_ids(2 * MICROBATCHES), padding_mask(2 * MICROBATCHES)
+    for schedule in ("1F1B", "Interleaved1F1B"):
+        changes = {"pipeline_parallel_schedule": schedule, "seq_len": SEQ}
+        pipeline = pipeline_model(tiny_model("llama"), mesh, None, **settings(**changes))
+        try:
+            pipeline.schedule.step(
+                ids, target=ids, **({"attention_mask": mask} if rank == 0 else {})
+            )
+            found.append("accepted")
+        except PipelineConfigError as error:
+            found.append(str(error))
+    return found[0], found[1]
+
+
+def test_a_mask_on_one_rank_only_is_refused_on_all() -> None:
+    for messages in run_ranks(different_keywords, 2, timeout_s=60):
+        for message in messages:
+            assert "rank 0 passes ['attention_mask'], rank 1 passes []" in message
+
+
+def lost_parts(rank: int, size: int) -> str:
+    def other(part: nn.Module, *meshes: Any, **axes: Any) -> nn.Module:
+        return nn.Linear(2, 2)
+
+    try:
+        pipeline_model(tiny_model("llama"), mesh_of(size), None, **settings(parallelize_fn=other))
+    except PipelineConfigError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_a_replacement_without_the_part_is_refused() -> None:
+    messages = run_ranks(lost_parts, 2, timeout_s=60)
+    assert all("returned a Linear that does not hold the part" in message for message in messages)
+
+
+ADVISED = {
+    "stage count": (
+        {"module_fqns_per_model_part": [*UNEVEN, ["model.layers.3"]]},
+        r"Use (\d+) stages",
+        lambda found: {
+            "module_fqns_per_model_part": generate_hf_model_fqn_per_model_part(int(found), 4),
+            "pipeline_parallel_schedule": "Interleaved1F1B" if int(found) > 2 else "1F1B",
+        },
+    ),
+    "interleaved stage count": (
+        {
+            "module_fqns_per_model_part": [*UNEVEN, ["model.layers.3"]],
+            "pipeline_parallel_schedule": "Interleaved1F1B",
+        },
+        r"Use (\d+) stages",
+        lambda found: {
+            "module_fqns_per_model_part": generate_hf_model_fqn_per_model_part(int(found), 4)
+        },
+    ),
+    "batch": (
+        {"local_batch_size": 7},
+        r"local_batch_size[ =](\d+)",
+        lambda found: {"local_batch_size": int(found)},
+    ),
+    "microbatches": (
+        {"local_batch_size": 2},
+        r"local_batch_size[ =](\d+)",
+        lambda found: {"local_batch_size": int(found)},
+    ),
+    "missing norm": (
+        {"module_fqns_per_model_part": [UNEVEN[0], [n for n in UNEVEN[1] if "norm" not in n]]},
+        r"lacks '([\w.]+)'",
+        lambda found: (
+            {"module_fqns_per_model_part": [UNEVEN[0], [*UNEVEN[1][:-2], found, "lm_head"]]}
+            if found not in UNEVEN[1][:-2]
+            else {"module_fqns_per_model_part": UNEVEN}
+        ),
+    ),
+    "dp_axis_names": (
+        {"dp_axis_names": "dp"},
+        r"write \('(\w+)',\)",
+        lambda found: {"dp_axis_names": (found,)},
+    ),
+}
+
+
+def follow_advice(rank: int, size: int) -> dict[str, str]:
+    """What comes after doing what the error says."""
+    mesh, found = mesh_of(size), {}
+    for name, (changes, pattern, follow) in ADVISED.items():
+        try:
+            pipeline_model(tiny_model("llama"), mesh, None, **settings(**changes))
+            found[name] = "no error"
+        except PipelineConfigError as error:
+            advice = re.findall(pattern, str(error))[-1]
+            try:
+                followed = {**changes, **follow(advice)}
+                pipeline_model(tiny_model("llama"), mesh, None, **settings(**followed))
+                found[name] = "gone"
+            except PipelineConfigError as again:
+                found[name] = f"{error} -> {again}"
+    return found
+
+
+def test_advice_followed_removes_the_error() -> None:
+    for result in run_ranks(follow_advice, 2, timeout_s=60):
+        assert result == dict.fromkeys(ADVISED, "gone")
 
 
 def freed(rank: int, size: int) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from hfpp.plan.partition import generate_hf_model_fqn_per_model_part
 from hfpp.runtime.anatomy import find_anatomy
 from hfpp.runtime.module_names import module_names_of, offsets_of
 from hfpp.runtime.ownership import find_ownership
+from hfpp.runtime.stage_boundary import boundary_of
 from tests.models import VOCAB, config_of, relative_error, tiny_model, token_ids
 from tests.ranks import run_ranks
 from tests.runtime.test_split_model import run_chain, split
@@ -128,6 +129,22 @@ class Hooked(LlamaForCausalLM):
         return names
 
 
+class Shortened(Hooked):
+    """Gives one list for two stages."""
+
+    def customize_pipeline_stage_modules(self, names: list[list[str]], **_: Any) -> Any:
+        """Lose a stage."""
+        return names[:1]
+
+
+class Keeping(Hooked):
+    """Keeps the generated names."""
+
+    def customize_pipeline_stage_modules(self, names: list[list[str]], **_: Any) -> Any:
+        """Change nothing."""
+        return None
+
+
 def contract_jobs(rank: int, size: int) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("pp",))
     device, found = torch.device("cpu"), {}
@@ -164,6 +181,41 @@ def contract_jobs(rank: int, size: int) -> dict[str, Any]:
     found["v"] = [
         (stage.stage_index, _layers(part)) for stage, part in zip(stages, parts, strict=True)
     ]
+    type(model)._pp_keep_self_forward = True
+    refused = []
+    for wrong in (
+        [["model.embed_tokens", "model.layer.0"], names[1]],
+        [["model.embed_tokens"], names[1]],
+        [names[0], [name for name in names[1] if name != "model.norm"]],
+        [names[0], ["model.layers.2", "model.layers.1", *names[1][2:]]],
+        [[*names[0], "lm_head"], names[1]],
+    ):
+        try:
+            split_model_into_stages(model, mesh, "pp", "1F1B", device, wrong)
+            refused.append("accepted")
+        except PipelineConfigError as error:
+            refused.append(str(error))
+    found["refused"] = refused
+
+    tied = SelfMade()
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    _, parts = split_model_into_stages(tied, mesh, "pp", "1F1B", device, names)
+    boundary = boundary_of(parts[0])
+    found["tied"] = None if boundary is None else [t.names for t in boundary.tied]
+
+    short = Shortened(config_of("llama"))
+    try:
+        split_model_into_stages(short, mesh, "pp", "1F1B", device)
+    except PipelineConfigError as error:
+        found["short hook"] = str(error)
+    keeps = Keeping(config_of("llama"))
+    _, parts = split_model_into_stages(keeps, mesh, "pp", "1F1B", device)
+    found["hook gives None"] = _layers(parts[0])
+    _, parts = split_model_into_stages(
+        tiny_model("llama", num_hidden_layers=6), mesh, "pp", "Interleaved1F1B", device, None, 2,
+        round_to_pp_multiple="up",
+    )  # fmt: skip
+    found["rounded"] = [_layers(part) for part in parts]
     try:
         split_model_into_stages(tiny_model("llama"), mesh, "pp", None, device)
     except PipelineConfigError as error:
@@ -192,6 +244,16 @@ def test_hooks_own_forwards_and_placement() -> None:
         assert result["self shares"]
         assert result["forward"]
         assert "use pp_schedule='1F1B'" in result["no schedule"]
+        misspelt, missing, no_norm, order, doubled = result["refused"]
+        assert "module_names_per_stage[0]: 'model.layer.0' is no module of SelfMade" in misspelt
+        assert "'model.layers.0.weight' of SelfMade on no stage" in missing
+        assert "'model.norm.weight' of SelfMade on no stage" in no_norm
+        assert "'model.layers.1' stands after model.layers.2" in order
+        assert "'lm_head.weight' of SelfMade on stages [0, 1]" in doubled
+        assert result["tied"] == [((0, ("model.embed_tokens.weight",)), (1, ("lm_head.weight",)))]
+        assert "returned 1 lists of names for 2 stages" in result["short hook"]
+    assert first["hook gives None"] == [0, 1]
+    assert (first["rounded"], last["rounded"]) == ([[0, 1], [4]], [[2, 3], [5]])
     assert first["runs"] == (2, 21, 8)
     assert last["runs"] == (2, 21, VOCAB)
     assert first["hook"] == (("model.", True), [0])

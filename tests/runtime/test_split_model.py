@@ -16,7 +16,7 @@ from hfpp.plan.partition import uniform_offsets
 from hfpp.runtime.anatomy import find_anatomy, forward_constants
 from hfpp.runtime.ownership import find_ownership
 from hfpp.runtime.split_model import build_stages
-from hfpp.runtime.stage_module import boundary_of
+from hfpp.runtime.stage_boundary import boundary_of
 from tests.models import (
     FAMILIES,
     SEQ,
@@ -316,6 +316,43 @@ def test_a_skipped_layer_is_an_error_and_no_other_result() -> None:
     type(stages[1]).skip = 3
     with pytest.raises(RuntimeError, match="did not call layer 2"):
         stages[1](*sent)
+
+
+class Optional(PlainModel):
+    """Adds something between its blocks that was not there when it was split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds = nn.Embedding(4, 16)
+
+    def forward(self, ids: torch.Tensor, kinds: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.tokens(ids)
+        memory = x.mean(-1, keepdim=True)
+        for block in self.blocks:
+            x, memory = block(x, memory)
+            if kinds is not None:
+                x = x + self.kinds(kinds)
+        return self.out(x)
+
+
+def test_an_input_that_needs_another_stage_s_weights_cannot_go_unnoticed() -> None:
+    stages = split(Optional(), 2)
+    ids = token_ids(2)
+    assert run_chain(stages, ids).isfinite().all()
+    assert run_chain(stages, ids, kinds=ids % 4).isnan().all()
+
+
+def test_further_arguments_by_position_are_refused() -> None:
+    first, _ = split(tiny_model("llama"), 2)
+    with pytest.raises(PipelineConfigError, match="Pass it by keyword, on every rank"):
+        first(token_ids(2), padding_mask(2))
+
+
+@pytest.mark.parametrize("vocab", [39, 65])
+def test_sizes_of_the_run_are_no_sizes_of_the_model(vocab: int) -> None:
+    model = tiny_model("llama", vocab_size=vocab, num_hidden_layers=3)
+    anatomy = find_anatomy(model)
+    assert anatomy.output_meta(2, 7, None).shape == (2, 7, vocab)
 
 
 class Twice(PlainModel):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from hfpp import PipelineConfigError
-from hfpp.runtime.stage_module import boundary_of
+from hfpp.runtime.stage_boundary import boundary_of
 from hfpp.runtime.tied_weights import TiedGradients
 from tests.models import relative_error, tiny_model
 from tests.ranks import run_ranks

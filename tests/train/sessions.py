@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,11 +23,19 @@ ENVIRONMENT = {
 
 @contextmanager
 def session(arguments: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """Starts Python in a new session; nothing of it is left afterwards."""
+    """Starts Python in a new session; nothing of it is left afterwards, temporary files neither."""
+    # Not in `folder`, whose long path leaves no room for the names of sockets.
+    with tempfile.TemporaryDirectory(prefix="hfpp-", ignore_cleanup_errors=True) as temporary:
+        yield from _session(arguments, folder, {**ENVIRONMENT, "TMPDIR": temporary})
+
+
+def _session(
+    arguments: Sequence[str], folder: Path, environment: dict[str, str]
+) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=folder,
-        env=ENVIRONMENT,
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

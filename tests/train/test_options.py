@@ -4,6 +4,8 @@ import re
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hfpp import PipelineConfigError
 from hfpp.plan.schedule import SCHEDULES
@@ -38,7 +40,7 @@ def test_the_defaults_fit_every_schedule(schedule, pp):
         ({"lr": float("nan")}, "--lr (nan)"),
         ({"max_grad_norm": -1.0}, "--max-grad-norm (-1.0)"),
         ({"max_grad_norm": float("inf")}, "--max-grad-norm (inf)"),
-        ({"schedule": "1F2B"}, "--schedule (1F2B)"),
+        ({"schedule": "1F2B"}, "--schedule '1F2B' is unknown"),
         ({"verify": True, "dtype": RunDtype.BFLOAT16}, "--verify"),
     ],
 )
@@ -64,12 +66,67 @@ def test_following_the_advice_on_batch_sizes_works(batch_size, microbatch_size):
     TrainOptions(**sizes, microbatch_size=1)
 
 
-def test_a_schedule_that_lacks_microbatches_says_how_many_it_needs():
-    sizes = {"pp": 4, "schedule": "1F1B", "microbatch_size": 2}
-    with pytest.raises(OptionError, match=r"the 2 microbatches that --batch-size \(4\)") as raised:
-        TrainOptions(**sizes, batch_size=4)
+def advised_batch_sizes(message):
+    """What the advice names as it stands; no name may be one that the command does not have."""
+    assert "n_microbatches" not in message
+    assert "pipeline_parallel_schedule" not in message
+    return [
+        int(size) for size in re.findall(r"--batch-size (\d+)", message.rpartition(": use ")[2])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "pp", "batch_size", "advised"),
+    [
+        ("1F1B", 4, 4, [8]),
+        ("DualPipeV", 4, 14, [16]),
+        ("Interleaved1F1B", 4, 18, [16, 20]),
+        ("interleaved", 3, 26, [24, 30]),
+        ("zero_bubble", 2, 10, [8, 12]),
+    ],
+)
+def test_batches_that_a_schedule_cannot_run(schedule, pp, batch_size, advised):
+    sizes = {"pp": pp, "schedule": schedule, "microbatch_size": 2}
+    made = rf"--schedule {schedule} with --pp {pp} cannot run the {batch_size // 2} microbatches"
+    with pytest.raises(OptionError, match=made) as raised:
+        TrainOptions(**sizes, batch_size=batch_size)
+    assert advised_batch_sizes(str(raised.value)) == advised
+    for size in advised:
+        TrainOptions(**sizes, batch_size=size)
+
+
+@given(
+    schedule=st.sampled_from(sorted(SCHEDULES)),
+    pp=st.integers(1, 12),
+    microbatches=st.integers(1, 60),
+    microbatch_size=st.integers(1, 3),
+    replicas=st.integers(1, 3),
+)
+def test_advice_on_batches_always_works(schedule, pp, microbatches, microbatch_size, replicas):
+    share = microbatch_size * replicas
+    sizes = {"pp": pp, "schedule": schedule, "microbatch_size": microbatch_size}
+    options = TrainOptions(**{**sizes, "schedule": "GPipe"}, batch_size=microbatches * share)
+    object.__setattr__(options, "schedule", schedule)
+    try:
+        options.check_schedule(replicas=replicas)
+    except OptionError as error:
+        advised = advised_batch_sizes(str(error))
+        assert advised
+        for size in advised:
+            object.__setattr__(options, "batch_size", size)
+            options.check_schedule(replicas=replicas)
+
+
+def test_an_absurd_number_of_ranks_is_refused_at_once():
+    with pytest.raises(OptionError, match=f"use --batch-size {10**12}"):
+        TrainOptions(pp=10**12, schedule="1F1B", microbatch_size=1)
+
+
+def test_a_misspelt_schedule_is_corrected_by_its_option():
+    with pytest.raises(OptionError, match="use --schedule='ZBVZeroBubble'") as raised:
+        TrainOptions(schedule="zbvzerobuble")
     (change,) = alternatives(str(raised.value))
-    TrainOptions(**sizes, batch_size=2 * change["n_microbatches"])
+    TrainOptions(**change)
 
 
 @pytest.mark.parametrize(
@@ -87,10 +144,17 @@ def test_more_stages_than_layers(options, advice):
 
 
 def test_a_model_of_one_layer_needs_a_schedule_with_one_stage_per_rank():
-    options = TrainOptions(pp=1, schedule="ZBVZeroBubble")
-    with pytest.raises(OptionError, match="use --schedule 1F1B"):
+    options = TrainOptions(pp=2, schedule="ZBVZeroBubble")
+    with pytest.raises(OptionError, match="use --pp 1 --schedule 1F1B"):
         options.check_layers(1)
-    replace(options, schedule="1F1B").check_layers(1)
+    replace(options, pp=1, schedule="1F1B").check_layers(1)
+
+
+@pytest.mark.parametrize("layers", [0, -1])
+def test_a_model_without_layers_is_not_advised_another_schedule(layers):
+    with pytest.raises(OptionError, match="give a configuration with layers") as raised:
+        TrainOptions(pp=1, schedule="1F1B").check_layers(layers)
+    assert "use --" not in str(raised.value)
 
 
 def rank_of(world_size):
@@ -127,3 +191,27 @@ def test_torchruns_variables_are_read(monkeypatch):
     assert TorchrunRank.from_environment() == TorchrunRank(
         rank=5, world_size=8, local_rank=1, local_world_size=4
     )
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "", "WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": ""},
+        {"RANK": "zero", "WORLD_SIZE": "2"},
+        {"RANK": "-1", "WORLD_SIZE": "2"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "0"},
+        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "x"},
+        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"},
+    ],
+)
+def test_variables_that_are_no_place_in_a_job(variables, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        OptionError, match=r"in the environment must be an integer.*: start the job"
+    ):
+        TorchrunRank.from_environment()
