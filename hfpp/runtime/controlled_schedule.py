@@ -17,10 +17,6 @@ from hfpp.runtime.forward_only import forward_actions, run_forward
 if TYPE_CHECKING:
     from hfpp.plan.actions import Action
 
-    _Base = compat.TorchSchedule
-else:
-    _Base = object
-
 __all__ = ["ControlledSchedule", "StepContext", "add_step_context", "controlled"]
 
 _OWN_KEYWORDS = frozenset(
@@ -31,7 +27,7 @@ StepContext = Callable[[], AbstractContextManager[None]]
 """Makes a context manager for one step."""
 
 
-class ControlledSchedule(_Base):
+class ControlledSchedule(compat.PreparedSchedule):
     """What hfpp adds to a schedule of torch; comes before torch's class in the bases."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -59,7 +55,7 @@ class ControlledSchedule(_Base):
         Returns:
             The outputs of the batch on the rank of the last stage; None elsewhere.
         """
-        if self._loss_fn is None:
+        if compat.loss_function(self) is None:
             return self.eval(*args, target=target, losses=losses, **kwargs)
         if target is None and kwargs.get("target_mbs") is None and self._has_last_stage():
             raise PipelineConfigError(
@@ -106,10 +102,10 @@ class ControlledSchedule(_Base):
         def on_output(microbatch: int, output: Any) -> None:
             if return_outputs:
                 outputs.append(output)
-            if targets is not None and self._loss_fn is not None:
-                found.append(self._loss_fn(output, targets[microbatch], **(loss_kwargs or {})))
+            if targets is not None and loss_fn is not None:
+                found.append(loss_fn(output, targets[microbatch], **(loss_kwargs or {})))
 
-        had_backward = self._has_backward
+        loss_fn = compat.loss_function(self)
         with ExitStack() as contexts:
             ready = compat.is_initialized(self)
             static = self._static if ready else all(map(compat.has_static_metadata, stages))
@@ -118,9 +114,7 @@ class ControlledSchedule(_Base):
             if not (ready and static):
                 # Shapes that were inferred in training need not be those of this batch.
                 contexts.enter_context(compat.other_infrastructure(self, infer=not static))
-            self._has_backward = False
-            for stage in stages:
-                stage.has_backward = False
+            contexts.enter_context(compat.without_backward(self, stages))
             try:
                 compat.clear_run(stages)
                 if not compat.is_forward_initialized(self):
@@ -129,22 +123,13 @@ class ControlledSchedule(_Base):
                 run_forward(self._actions(), stages, arguments, keywords, on_output)
             finally:
                 compat.clear_run(stages)
-                self._has_backward = had_backward
         if losses is not None and self._has_last_stage():
             losses[:] = found
         return compat.merge_outputs(self, outputs) if outputs else None
 
-    def _initialize_stage(self, *args: Any, **kwargs: Any) -> None:
-        with self._initializing():
-            cast("Any", super())._initialize_stage(*args, **kwargs)
-
-    def _initialize_stages(self, *args: Any, **kwargs: Any) -> None:
-        with self._initializing():
-            cast("Any", super())._initialize_stages(*args, **kwargs)
-
     @contextmanager
-    def _initializing(self) -> Iterator[None]:
-        """Torch comes here at every step; only before the first one there is something to do."""
+    def preparing(self) -> Iterator[None]:
+        """Around torch's making the stages ready; only before the first step is there any."""
         if compat.is_initialized(self):
             yield
             return
@@ -161,13 +146,13 @@ class ControlledSchedule(_Base):
         if self._forward_actions is None:
             stage = compat.local_stages(self)[0]
             self._forward_actions = forward_actions(
-                stage.stage_index_to_group_rank, stage.group_rank, self._n_microbatches
+                stage.stage_index_to_group_rank, stage.group_rank, compat.microbatch_count(self)
             )
         return self._forward_actions
 
     def _check_batch(self, args: tuple[Any, ...], target: Any) -> None:
         """A batch that cannot be cut evenly would send microbatches of unequal shapes."""
-        n = self._n_microbatches
+        n = compat.microbatch_count(self)
         named = [(f"args[{i}]", value) for i, value in enumerate(args)] + [("target", target)]
         for name, value in named:
             if not isinstance(value, torch.Tensor):
@@ -206,7 +191,7 @@ class ControlledSchedule(_Base):
         for index, (value, shape) in enumerate(zip(args, known, strict=False)):
             if not isinstance(value, torch.Tensor):
                 continue
-            found = (value.shape[0] // self._n_microbatches, *value.shape[1:])
+            found = (value.shape[0] // compat.microbatch_count(self), *value.shape[1:])
             if found != shape:
                 raise PipelineConfigError(
                     f"args[{index}] has microbatches of shape {list(found)}, but the stages are "

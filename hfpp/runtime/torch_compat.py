@@ -1,5 +1,7 @@
 """The only file that touches private parts of torch.distributed.pipelining (torch 2.11 to 2.15).
 
+Public methods that hfpp overrides, such as a stage's backward, are overridden where they belong.
+
 Everything is found by what is there, not by version numbers. What differs between versions:
 
 ========== ========================================================================================
@@ -14,7 +16,7 @@ Everything is found by what is there, not by version numbers. What differs betwe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage
 
 __all__ = [
-    "SingleSchedule",
+    "PreparedSchedule",
     "TorchSchedule",
     "clear_run",
     "drop_microbatch",
@@ -61,7 +63,10 @@ __all__ = [
 
 TorchSchedule = _schedules._PipelineSchedule
 """The common base of torch's schedule classes."""
-SingleSchedule = PipelineScheduleSingle
+if TYPE_CHECKING:
+    _Base = TorchSchedule
+else:
+    _Base = object
 
 _FLAGS = (
     "_stage_forward_initialized",  # of schedules with one stage per rank
@@ -173,6 +178,25 @@ def local_stages(schedule: TorchSchedule) -> list[PipelineStage]:
         return [cast("PipelineStage", schedule._stage)]
     stages = cast("list[PipelineStage]", cast("Any", schedule)._stages)
     return sorted(stages, key=lambda stage: stage.stage_index)
+
+
+class PreparedSchedule(_Base):
+    """Comes before a schedule class of torch in the bases, to be there when it readies its stages.
+
+    torch comes here at every step, also when the stages are ready already.
+    """
+
+    def preparing(self) -> AbstractContextManager[None]:
+        """What surrounds that."""
+        return nullcontext()
+
+    def _initialize_stage(self, *args: Any, **kwargs: Any) -> None:
+        with self.preparing():
+            cast("Any", super())._initialize_stage(*args, **kwargs)
+
+    def _initialize_stages(self, *args: Any, **kwargs: Any) -> None:
+        with self.preparing():
+            cast("Any", super())._initialize_stages(*args, **kwargs)
 
 
 def initialize(
@@ -438,7 +462,7 @@ def split_batch(
         )
     else:
         args_split, kwargs_split = target_schedule._split_inputs(args, kwargs)
-        targets = None if target is None else torch.tensor_split(target, _count(schedule))
+        targets = None if target is None else torch.tensor_split(target, microbatch_count(schedule))
     return list(args_split), list(kwargs_split), None if targets is None else list(targets)
 
 
@@ -447,5 +471,24 @@ def merge_outputs(schedule: TorchSchedule, outputs: list[Any]) -> Any:
     return schedule._merge_outputs(outputs)
 
 
-def _count(schedule: TorchSchedule) -> int:
+def microbatch_count(schedule: TorchSchedule) -> int:
+    """Microbatches per step."""
     return schedule._n_microbatches
+
+
+def loss_function(schedule: TorchSchedule) -> Callable[..., torch.Tensor] | None:
+    """What the schedule computes its losses with; None where it only runs forward."""
+    return schedule._loss_fn
+
+
+@contextmanager
+def without_backward(schedule: TorchSchedule, stages: Sequence[PipelineStage]) -> Iterator[None]:
+    """While a batch runs forward only: nothing is kept for a backward."""
+    before = schedule._has_backward
+    schedule._has_backward = False
+    for stage in stages:
+        stage.has_backward = False
+    try:
+        yield
+    finally:
+        schedule._has_backward = before

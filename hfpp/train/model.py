@@ -53,12 +53,12 @@ def check_model(options: TrainOptions, folder: ModelFolder) -> tuple[dict[str, A
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, trust_remote_code=False
             )
+        text_config = config.get_text_config()
     except Exception as error:  # transformers raises whatever its parts raise
         raise OptionError(
             f"--model ({options.model}): transformers makes no causal language model of its "
             f"config.json: {_short(error)}"
         ) from None
-    text_config = config.get_text_config()
     num_layers = getattr(text_config, "num_hidden_layers", None)
     with suppress(PipelineConfigError):  # it may need values that it lacks here: the ranks tell
         num_layers = find_anatomy(model).num_layers

@@ -32,7 +32,7 @@ def run_folder(path):
 
 def refused(folder, *, force=True):
     """The message; nothing may have changed."""
-    before = contents(folder.path) if folder.path.is_dir() else None
+    before = contents(folder.path) if os.path.isdir(folder.path) else None  # noqa: PTH112
     with pytest.raises(OptionError) as raised:
         folder.check(force=force)
     assert before is None or contents(folder.path) == before
@@ -110,18 +110,18 @@ def test_places_that_can_be_no_folder_of_a_run(tmp_path):
     file.write_text("mine")
     assert "is not a folder" in refused(RunFolder(file))
     assert "lies in something that is none" in refused(RunFolder(file / "out"))
-    assert "no run of hfpp train wrote" in refused(RunFolder(Path("/")))
+    with pytest.raises(OptionError, match=r"--out \(/\) already holds something that no run"):
+        RunFolder(Path("/")).check(force=True)
     assert "File name too long" in refused(RunFolder(tmp_path / ("x" * 300)))
     (tmp_path / "loop").symlink_to("loop")
     assert "cannot be written" in refused(RunFolder(tmp_path / "loop"))
     assert file.read_text() == "mine"
 
 
-@pytest.mark.parametrize("path", ["/proc/out", "/proc/self/fd/out"])
-def test_a_folder_that_cannot_be_made(path):
-    folder = RunFolder(Path(path))
-    with pytest.raises(OptionError, match=r"--out \(/proc/.*cannot be written"):
-        folder.check(force=False)
+def test_a_folder_that_cannot_be_made(tmp_path):
+    folder = RunFolder(tmp_path / "missing" / ("x" * 300))
+    folder.check(force=False)  # that the name is too long shows only in its place
+    with pytest.raises(OptionError, match=r"cannot be written \(File name too long\)"):
         folder.create()
 
 

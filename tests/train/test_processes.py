@@ -7,7 +7,7 @@ import time
 import pytest
 
 from hfpp.train.errors import TrainingError
-from hfpp.train.processes import run_processes
+from hfpp.train.processes import ended_by_signals, run_processes
 from tests.train import workers
 from tests.train.sessions import members, nothing_left, session, wait_for_line
 
@@ -83,3 +83,32 @@ def test_a_signal_ends_every_process(number, to_all, code, tmp_path):
         assert process.wait(timeout=20) == code
         assert nothing_left(process.pid) == {}
         assert process.stderr.read() == ""
+
+
+STUCK = """
+import ctypes
+from hfpp.train import processes
+
+processes._UNWINDING_S = 0.5
+c, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+with processes.ended_by_signals():
+    c.pthread_mutex_lock(mutex)
+    print("ready", flush=True)
+    c.pthread_mutex_lock(mutex)  # never returns, as a communication library whose peer is gone
+"""
+
+
+def test_a_signal_ends_a_process_that_waits_inside_of_a_library(tmp_path):
+    with session(["-c", STUCK], tmp_path) as process:
+        wait_for_line(process, "ready")
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=20) == 128 + signal.SIGTERM
+
+
+def test_signals_are_as_before_after_a_run():
+    before = signal.getsignal(signal.SIGTERM)
+    descriptor = signal.set_wakeup_fd(-1)
+    with ended_by_signals():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.set_wakeup_fd(descriptor) == -1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from dataclasses import replace
@@ -22,6 +23,7 @@ from hfpp.train.loop import train_rank
 from hfpp.train.options import RunDtype, TrainOptions
 from hfpp.train.verify import compare_runs, reference_run
 from tests.ranks import run_ranks
+from tests.train import faults
 from tests.train.sessions import members, nothing_left, session, wait_for_line
 
 SMALL = {"seq_len": 12, "steps": 2, "lr": 0.01, "warmup_steps": 2}
@@ -87,6 +89,24 @@ def test_every_schedule_trains_like_the_plain_model(pp, world_size, schedules, l
     assert plain[-1][0] < plain[0][0]
 
 
+@pytest.mark.parametrize("pp", [2, 4])
+def test_the_defaults_run_with_every_schedule(pp, tmp_path):
+    """The command's own model, text and sizes, in float32, for two steps."""
+    options = TrainOptions(pp=pp, steps=2)
+    inputs = prepare_inputs(options, tmp_path)
+    plain = []
+    reference_run(options, inputs, device="cpu", threads=1)(0, plain.append)
+    schedules = tuple(SCHEDULES)
+    runs, *others = run_ranks(
+        schedules_of_one_world, pp, args=(options, inputs, schedules), timeout_s=200
+    )
+    assert all(others)
+    for schedule, (shape, *steps) in runs.items():
+        assert shape.n_microbatches == 8
+        verdicts = compare_runs(steps, plain, options.dtype)
+        assert all(verdict.holds for verdict in verdicts), (schedule, verdicts)
+
+
 def train(*arguments, out):
     return cli.main(["train", *FLAGS, "--out", str(out), *map(str, arguments)])
 
@@ -97,6 +117,9 @@ def test_a_run_leaves_its_results(llama, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "verify: loss equal to the plain model's" in printed.out
     assert "verify: gradient norm equal to the plain model's" in printed.out
+    assert "starts from random weights (--seed 0); tokenizer: bytes, as the folder" in printed.out
+    assert "dropout is off" not in printed.out
+    assert "the trained weights are not saved" in printed.out
     assert "stage" in printed.out
     assert printed.err == ""
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -105,14 +128,17 @@ def test_a_run_leaves_its_results(llama, tmp_path, capsys):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["verify"]["holds"] is True
     assert summary["verify"]["curves"][0]["largest_difference"] < 1e-5
+    assert summary["verify"]["curves"][0]["tolerance"] == 1e-5
     assert len(summary["verify"]["plain_losses"]) == 2
+    assert summary["weights_saved"] is False
+    assert summary["start"] == "starts from random weights (--seed 0)"
     assert summary["result"]["final_loss"] == metrics[-1]["loss"] < metrics[0]["loss"]
     assert [row["layers"] for row in summary["pipeline"]["stages"]] == [[0, 4], [4, 8]]
     assert summary["options"]["pp"] == 2
     assert ElementTree.parse(out / "schedule.svg").getroot().tag.endswith("svg")
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in out.iterdir()} == {
-        "logs", "loss.png", "metrics.jsonl", "schedule.svg", "summary.json"
+        ".hfpp-run", "logs", "loss.png", "metrics.jsonl", "schedule.svg", "summary.json"
     }  # fmt: skip
 
     # The folder is kept unless it is given up, and then only the results are.
@@ -147,13 +173,68 @@ def test_a_checkpoint_with_dropout_and_another_architecture(tmp_path, capsys):
     text.write_text("to be or not to be " * 50)
     common = ("--model", tmp_path / "gpt2", "--text", text, "--verify", "--dtype", "float64")
     assert train(*common, "--pp", 2, "--seed", 3, out=tmp_path / "out") == 0
-    assert "allowed below 1e-09" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"starts from the checkpoint in {tmp_path / 'gpt2'}; tokenizer: bytes" in printed
+    assert "dropout is off, set to 0: " in printed
+    assert "resid_pdrop" in printed
+    assert "allowed below 1e-09" in printed
+    assert_refused_before_anything_is_touched(
+        [*common, "--seq-len", 33, "--force"],
+        "--seq-len (33) is more than the 32",
+        tmp_path,
+        capsys,
+    )
+
+
+def assert_refused_before_anything_is_touched(arguments, message, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert train(*arguments, out=tmp_path / "out") == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"hfpp train: error: {message}")
+    assert printed.err.count("\n") == 1
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("faulty", "curve"),
+    [
+        (faults.rank_with_a_wrong_gradient, "gradient norm"),
+        (faults.rank_with_a_wrong_weight, "loss"),
+    ],
+)
+def test_verify_catches_a_broken_pipeline(faulty, curve, llama, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(launcher, "_train_as_local_rank", faulty)
+    assert train("--model", llama, "--pp", 2, "--verify", out=tmp_path / "out") == 1
+    printed = capsys.readouterr()
+    assert f"{curve} NOT equal to the plain model's" in printed.out
+    assert printed.err.startswith("hfpp train: error: --verify: the pipeline's ")
+
+
+def test_a_norm_that_is_lost_ends_the_run_and_leaves_json(llama, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(launcher, "_train_as_local_rank", faults.rank_with_a_lost_gradient)
+    out = tmp_path / "out"
+    assert train("--model", llama, "--pp", 2, out=out) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("hfpp train: error: The norm of the gradients is ")
+    assert "at step 1" in error
+    assert not (out / "metrics.jsonl").exists()
+
+
+def test_the_plain_model_is_trained_where_the_runtime_is_not_imported(tmp_path):
+    """In a session of its own: this process has imported all there is."""
+    with session(["-m", "tests.train.workers", "loaded", str(tmp_path)], tmp_path) as process:
+        output, errors = process.communicate(timeout=120)
+    assert errors == ""
+    modules = output.split()
+    assert {"torch", "hfpp.train.reference"} <= set(modules)
+    assert [name for name in modules if name.startswith("hfpp.runtime")] == []
 
 
 def test_a_loss_that_is_lost_ends_the_run(llama, tmp_path, capsys):
     assert train("--model", llama, "--lr", "1e30", "--steps", 6, out=tmp_path / "out") == 1
     error = capsys.readouterr().err
-    assert error.startswith("hfpp train: error: The loss is nan at step ")
+    lost = r"hfpp train: error: The (loss|norm of the gradients) is nan at step \d: "
+    assert re.match(lost, error)
     assert "use a lower --lr (1e+30)" in error
     assert error.count("\n") == 1
 

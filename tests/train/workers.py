@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 from hfpp import PipelineConfigError
+from hfpp.train import launcher
 from hfpp.train.errors import TrainingError
 from hfpp.train.processes import ended_by_signals, run_processes
+from hfpp.train.reference import ReferenceRun
 
 COUNT = 3
 
@@ -52,7 +54,33 @@ def exiting(index, report):
     time.sleep(600)
 
 
+def loaded(folder):
+    """Prints what a process has imported that trains a plain model as a run has it trained."""
+    run_processes(
+        Loaded(), 1, name="w", on_event=sys.stdout.write, log_folder=folder,
+        preload=launcher._PRELOADED,
+    )  # fmt: skip
+
+
+class Loaded(ReferenceRun):
+    """Comes and goes as the plain model does; and tells instead of training."""
+
+    __slots__ = ()
+
+    def __init__(self):
+        """Without a run."""
+
+    def __reduce__(self):
+        return Loaded, ()
+
+    def __call__(self, _index, report):
+        report("\n".join(sorted(sys.modules)))
+
+
 def main(work, folder):
+    if work == "loaded":
+        loaded(Path(folder))
+        return
     ready = set()
 
     def on_event(event):
