@@ -10,6 +10,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.nn.parallel import DistributedDataParallel
 
 from hfpp.errors import PipelineConfigError
+from hfpp.runtime import torch_compat as compat
 
 __all__ = ["ReducingStage", "fit_wrappers"]
 
@@ -26,6 +27,7 @@ class ReducingStage(PipelineStage):
         result = super().backward_maybe_with_nosync(backward_type, *args, **kwargs)
         if isinstance(self.submod, FSDPModule):
             self.perform_reduce_grad(1)
+            compat.expect_further_reductions(self.submod)
         return result
 
 

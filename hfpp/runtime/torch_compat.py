@@ -471,6 +471,12 @@ def merge_outputs(schedule: TorchSchedule, outputs: list[Any]) -> Any:
     return schedule._merge_outputs(outputs)
 
 
+def expect_further_reductions(module: FSDPModule) -> None:
+    """After reducing a microbatch's gradients: torch 2.15 takes the first reduction for the last."""
+    if hasattr(module, "set_manual_backward_finalization"):
+        module.set_manual_backward_finalization(True)
+
+
 def microbatch_count(schedule: TorchSchedule) -> int:
     """Microbatches per step."""
     return schedule._n_microbatches

@@ -26,6 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hfpp import PipelineConfigError
 from hfpp.runtime import stage_module
+from hfpp.runtime.stage_boundary import boundary_of
 from tests.models import padding_mask, relative_error
 from tests.ranks import RankError, run_ranks
 from tests.runtime.real_pipelines import (
@@ -199,7 +200,7 @@ def test_copies_share_no_state():
     within[0].sum().backward()
     assert all(parameter.grad is None for parameter in stage.parameters())
     assert all(parameter.grad is not None for parameter in twin.parameters())
-    assert stage_module.boundary_of(twin) == stage_module.boundary_of(stage)
+    assert boundary_of(twin) is boundary_of(stage)
 
 
 # What is left of the unsplit model
