@@ -472,7 +472,7 @@ def merge_outputs(schedule: TorchSchedule, outputs: list[Any]) -> Any:
 
 
 def expect_further_reductions(module: FSDPModule) -> None:
-    """After reducing a microbatch's gradients: torch 2.15 takes the first reduction for the last."""
+    """After a microbatch's reduction: torch 2.15 takes the first one of a step for the last."""
     if hasattr(module, "set_manual_backward_finalization"):
         module.set_manual_backward_finalization(True)
 
