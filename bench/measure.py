@@ -151,14 +151,15 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return git.stdout.strip() or "none yet"
+    """The commit, marked where the tree differs from it; earlier results are no difference."""
+    commit = _git("rev-parse", "--short", "HEAD") or "none yet"
+    changed = _git("status", "--porcelain", "--", ".", ":!bench/results")
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(*words: str) -> str:
+    git = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    return git.stdout.strip()
 
 
 def report(name: str, text: str, targets: Sequence[Target]) -> int:

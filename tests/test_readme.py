@@ -1,4 +1,4 @@
-"""What the README says is what happens: every block of code runs, every name and number is there.
+"""What the README says is what happens: every block of code runs, every name is there.
 
 A fenced block is run as it stands. A comment in front of it may say more:
 
@@ -171,3 +171,27 @@ def test_links_lead_somewhere(document: str) -> None:
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", text)
     local = [link for link in links if "://" not in link]
     assert [link for link in local if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("row", "file", "pattern"),
+    [
+        (
+            "one of 4 stages",
+            "split",
+            r"anatomy and one stage\s+\| under 1 s of CPU time\s+\| (\d+) ms",
+        ),
+        ("hollow layers of 24", "forward", r"18 hollow, .*\| (\d\.\d+) \("),
+        ("boundary shapes", "core", r"10,000 stages\s+\| ([\d.]+) us"),
+        ("`import hfpp`", "core", r"import hfpp\s+\| under 100 ms.*\| ([\d.]+) ms"),
+    ],
+)
+def test_measured_facts_are_those_of_the_benchmarks(row: str, file: str, pattern: str) -> None:
+    """To the digits that the README gives."""
+    line = next(line for line in README.splitlines() if line.startswith("| ") and row in line)
+    text = (ROOT / "bench" / "results" / f"{file}.md").read_text()
+    measured = float(re.findall(pattern, text)[0])
+    shown, unit = re.findall(r"\| ([\d.]+) (s|times|µs)", line)[0]
+    in_unit = measured / 1000 if unit == "s" else measured
+    digits = len(shown.partition(".")[2])
+    assert float(shown) == round(in_unit, digits), (line, measured)
