@@ -81,23 +81,30 @@ def _with_received(layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
     return call[0], call[1]
 
 
-class _OwnGradient(torch.autograd.Function):
-    """Identity whose gradient is contiguous: sends refuse other layouts."""
+class _OwnGradients(torch.autograd.Function):
+    """Identity over all that was received, whose gradients can be sent.
+
+    They are contiguous, and there is one for each value: zeros for a value that this stage hands on
+    to nobody. Sends refuse other layouts, and torch before 2.13 a gradient that is missing.
+    """
 
     @staticmethod
-    def forward(_ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
-        """Give the tensor itself: no view, as models may write into their hidden state."""
-        return tensor.detach()
+    def forward(_ctx: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Give the tensors themselves: no views, as models may write into their hidden state."""
+        return tuple(tensor.detach() for tensor in tensors)
 
     @staticmethod
-    def backward(_ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        """Give the gradient in a layout that can be sent."""
-        return gradient.contiguous()
+    def backward(_ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Give the gradients in a layout that can be sent; autograd made the missing ones."""
+        return tuple(gradient.contiguous() for gradient in gradients)
 
 
-def _own_gradient(tensor: torch.Tensor) -> torch.Tensor:
-    same: torch.Tensor = _OwnGradient.apply(tensor)  # type: ignore[no-untyped-call]
-    return same
+def _with_own_gradients(received: tuple[Any, ...]) -> tuple[Any, ...]:
+    differentiable = [tensor for tensor in received if tensor.requires_grad]
+    if not differentiable:
+        return received
+    joined = iter(_OwnGradients.apply(*differentiable))  # type: ignore[no-untyped-call]
+    return tuple(next(joined) if tensor.requires_grad else tensor for tensor in received)
 
 
 def _stage_class(base: type[nn.Module]) -> type[nn.Module]:
@@ -135,7 +142,7 @@ def _run_stage(
                 f"tensors from the stage before, got {len(args)}."
             )
         _adapt_stand_ins(stage, boundary, args[0])
-        received = tuple(_own_gradient(x) if x.requires_grad else x for x in args)
+        received = _with_own_gradients(args)
         ids = kwargs.pop(ids_name, None)
         if ids is None:
             ids = _ids_for(boundary, received)

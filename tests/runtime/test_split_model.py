@@ -296,6 +296,29 @@ def test_layers_that_write_into_their_input() -> None:
         assert relative_error(model.get_parameter(name).grad, gradient) < 1e-12, name
 
 
+class Ignoring(PlainModel):
+    """Its last block takes a second tensor and does nothing with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[-1] = Last()
+
+
+class Last(nn.Module):
+    def forward(self, x: torch.Tensor, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return 2 * x, memory
+
+
+def test_every_received_value_gets_a_gradient_to_send_back() -> None:
+    model = Ignoring().double()
+    stages = split(model, 4)
+    x = torch.randn(2, SEQ, 16, dtype=torch.float64, requires_grad=True)
+    memory = torch.randn(2, SEQ, 1, dtype=torch.float64, requires_grad=True)
+    stages[3](x, memory).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(memory.grad, torch.zeros_like(memory))
+
+
 class Dropping(PlainModel):
     """Skips its first layers while training, as layerdrop does at times."""
 
