@@ -593,7 +593,8 @@ def pipeline_model(
     agree on the model and the settings.
 
     Args:
-        model: The whole model, the same on every rank; it is left as it was.
+        model: The whole model, the same on every rank; it is left as it was, but its tensors on
+            this rank's stages move to `device` with their parts.
         world_mesh: The mesh of the job, with the pipeline's axis.
         moe_mesh: The mesh of expert parallelism, handed to `parallelize_fn`.
         pp_axis_name: The pipeline's axis of `world_mesh`.

@@ -29,11 +29,12 @@ class StageBoundary:
 
     Attributes:
         stage_index: the stage, of ``num_stages``.
-        layers: indices of its layers.
+        layers: indices of its layers; empty where there is no anatomy to know them from.
         tied_names: FQNs in this part whose tensor an earlier stage counts as its own.
         tied: the parameters that several stages of the pipeline hold.
         pp_group: process group of the pipeline; None until it is known.
-        anatomy: the split model's; None for a model that could not be cut, on one stage.
+        anatomy: the split model's; None for a model that could not be cut, on one stage, and for
+            one that keeps its own forward.
     """
 
     stage_index: int

@@ -31,7 +31,7 @@ from tests.models import (
     tolerance_of,
 )
 from tests.ranks import run_ranks
-from tests.runtime.test_split_model import split
+from tests.runtime.test_split_model import Twice, split
 
 SINGLE = ("GPipe", "1F1B")
 SCHEDULES = (
@@ -203,6 +203,7 @@ def one_rank(rank: int, size: int) -> dict[str, float]:
             tiny_model("gemma2"), mesh, pipeline_parallel_schedule=name, seq_len=SEQ
         )
     errors["no seq_len"] = train_once(tiny_model("llama"), mesh)
+    errors["cannot be cut"] = train_once(Twice().double(), mesh, seq_len=None)
     return errors
 
 
