@@ -179,18 +179,31 @@ def _num_layers(model: nn.Module) -> int:
     return int(layers)
 
 
-def _generated_names(
-    model: nn.Module, anatomy: Anatomy, num_stages: int, layout: _Layout
-) -> list[list[str]]:
-    """The uniform partition in the model's own names, or what the model's hook makes of it."""
+def uniform_ownership(
+    model: nn.Module, anatomy: Anatomy, num_stages: int, schedule: str = "the schedule"
+) -> Ownership:
+    """Who owns what when the layers are dealt out evenly.
+
+    Raises:
+        PipelineConfigError: if the model cannot be cut so.
+    """
+    _refuse_silent_differences(model, num_stages)
     if num_stages > anatomy.num_layers:
         raise PipelineConfigError(
-            f"{layout.schedule} on this pipeline has {num_stages} stages, but "
+            f"{schedule} on this pipeline has {num_stages} stages, but "
             f"{anatomy.model_name} has {anatomy.num_layers} layers, and every stage needs one: use "
             f"fewer ranks, or a schedule with fewer stages per rank."
         )
     offsets = uniform_offsets(num_stages, anatomy.num_layers).row()
-    names = module_names_of(find_ownership(model, anatomy, offsets), anatomy)
+    return find_ownership(model, anatomy, offsets)
+
+
+def _generated_names(
+    model: nn.Module, anatomy: Anatomy, num_stages: int, layout: _Layout
+) -> list[list[str]]:
+    """The uniform partition in the model's own names, or what the model's hook makes of it."""
+    ownership = uniform_ownership(model, anatomy, num_stages, layout.schedule)
+    names = module_names_of(ownership, anatomy)
     return customized(model, names, anatomy.layers_name.rpartition(".")[0])
 
 
