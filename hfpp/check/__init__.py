@@ -1,0 +1,1 @@
+"""Checks whether a model's stages compute what the unsplit model computes."""
