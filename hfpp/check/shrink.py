@@ -1,0 +1,261 @@
+"""Tiny configs of the same kind: every size small, everything that makes the model what it is kept."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+from hfpp.check.shrink_layers import (
+    KeptLayers,
+    choose_layers,
+    is_ints,
+    shrink_layer_attribute,
+)
+from hfpp.check.shrink_rules import apply_rules
+from hfpp.check.shrink_sizes import (
+    GRID,
+    HIDDEN,
+    PATCH,
+    POSITIONS,
+    SharedSizes,
+    StackSizes,
+    find_heads,
+    first_int,
+    role_of,
+    small_head_dim,
+    small_hidden,
+)
+from hfpp.errors import PipelineConfigError
+
+Attributes = MutableMapping[str, Any]
+
+# Sub-configs of other stacks than the decoder: fewer layers, another width.
+_ENCODER_KEY = re.compile(
+    r"vision|visual|image|audio|video|speech|encoder|vq|vit|qformer|perceiver|resampler|adapter"
+    r"|projector|codec|depth_dec|sam_|patcher|backbone"
+)
+_NESTED_DICT = re.compile(r"_(config|cfg)$")
+_ROPE = frozenset({"rope_parameters", "rope_scaling"})
+_FEATURE_LAYER = re.compile(r"feature_layers?$|^spatial_(vision_layer|target_layers)$")
+_ENCODER_LAYERS = 2
+
+
+def shrink_config(config: Any, *, layers: int = 4) -> Any:
+    """A tiny config of the same kind as `config`, which is left untouched.
+
+    Sizes shrink under whatever name they have, in nested configs too; sizes that were equal stay
+    equal. What the model multiplies by, its activations, norms, ties and kinds of rope stay. Each
+    kind of layer occurs still, probabilities of dropping anything are 0, windows are 8 tokens long,
+    the vocabulary has 128 tokens with the special ones among the first 16 or at its end.
+
+    Args:
+        config: A transformers config object.
+        layers: How many decoder layers to keep; more are kept where the model has more kinds.
+
+    Returns:
+        A deep copy with other values. Its dtype fields are those of `config`.
+
+    Raises:
+        PipelineConfigError: `layers` is below 1, or the shrunk config does not satisfy its class.
+    """
+    if layers < 1:
+        raise PipelineConfigError(f"layers ({layers}) must be at least 1: use 4 or more.")
+    small = copy.deepcopy(config)
+    nested = list(_nested(small))
+    shared = _shared_sizes([_attributes(part) for _, part in nested])
+    for text in (True, False):  # text stacks first: encoders take over their widths where equal
+        for key, part in nested:
+            hidden = first_int(_attributes(part), HIDDEN)
+            if hidden is not None and _is_text(key) == text:
+                small_hidden(hidden, shared, text=text)
+    _shrink(small, "", shared, layers, outer=None)
+    for _, part in nested:
+        _validate(part, config)
+    return small
+
+
+def tiny_config(config_class: type, model_class: type | None = None) -> Any:
+    """A tiny config from a config class's defaults.
+
+    Args:
+        config_class: The config class to start from.
+        model_class: The model class to be built, which may want a part of a composite config
+            (a causal LM its text config): its `config_class` tells.
+
+    Returns:
+        What `shrink_config` makes of the defaults.
+
+    Raises:
+        PipelineConfigError: The class has no usable defaults, or none that `model_class` accepts.
+    """
+    wanted = getattr(model_class, "config_class", None) or config_class
+    try:
+        config = config_class()
+    except Exception as error:
+        raise PipelineConfigError(
+            f"{config_class.__name__} cannot be made from its defaults ({error}): "
+            "give a config of your own."
+        ) from error
+    if not isinstance(config, wanted):
+        parts = (part for _, part in _nested(config))
+        config = next((part for part in parts if isinstance(part, wanted)), None) or wanted()
+    return shrink_config(config)
+
+
+def _attributes(part: Any) -> Attributes:
+    """A config's attributes under their real names, without the config's own setters."""
+    return part if isinstance(part, dict) else vars(part)
+
+
+def _is_config(name: str, value: object) -> bool:
+    if isinstance(value, dict):
+        return _NESTED_DICT.search(name) is not None and name not in _ROPE
+    return hasattr(value, "to_dict") and hasattr(value, "model_type")
+
+
+def _nested(part: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """All configs inside a config, itself first, with the path of attributes that leads there."""
+    yield key, part
+    for name, value in _attributes(part).items():
+        if _is_config(name, value):
+            yield from _nested(value, f"{key}/{name}")
+
+
+def _is_text(key: str) -> bool:
+    return _ENCODER_KEY.search(key) is None
+
+
+def _shared_sizes(parts: list[Attributes]) -> SharedSizes:
+    hidden = [first_int(part, HIDDEN) or 0 for part in parts]
+    vocab = max((first_int(part, ("vocab_size",)) or 0 for part in parts), default=0)
+    shared = SharedSizes(text_hidden=max(hidden) or 1, vocab=vocab)
+    ids: set[int] = set()
+    for part in parts:
+        for name, value in part.items():
+            if role_of(name) == "token":
+                ids.update([value] if isinstance(value, int) else value if is_ints(value) else [])
+    shared.add_tokens(ids)
+    return shared
+
+
+def _stack_sizes(
+    part: Attributes, key: str, shared: SharedSizes, outer: StackSizes | None
+) -> StackSizes:
+    """The measures of one config; those that it lacks are those of the config around it."""
+    old = first_int(part, HIDDEN)
+    if old is None and outer is not None:
+        return outer
+    hidden = (old or 1, small_hidden(old, shared, text=_is_text(key)) if old else 1)
+    heads = find_heads(part, hidden[1])
+    patch = first_int(part, ("patch_size",)) or 1
+    image = first_int(part, ("image_size",)) or patch * GRID
+    grid = max(1, image // patch)
+    return StackSizes(
+        shared=shared,
+        hidden=hidden,
+        heads=heads,
+        head_dim=small_head_dim(part, hidden, heads),
+        grid=(grid, min(grid, GRID)),
+        patch=(patch, min(patch, PATCH)),
+    )
+
+
+def _overrides(part: Any) -> dict[int, dict[str, Any]]:
+    """What single layers override of a config whose layers differ."""
+    if not getattr(part, "is_heterogeneous", False):
+        return {}
+    return {int(index): dict(v) for index, v in part.to_dict()["per_layer_config"].items()}
+
+
+def _shrink(
+    part: Any, key: str, shared: SharedSizes, layers: int, outer: tuple[StackSizes, Any] | None
+) -> None:
+    """Shrink a config and those inside it, in place."""
+    attributes = _attributes(part)
+    before = dict(attributes)
+    sizes = _stack_sizes(attributes, key, shared, outer and outer[0])
+    wanted = layers if _is_text(key) else _ENCODER_LAYERS
+    stack = choose_layers(attributes, wanted, _overrides(part))
+    if stack is None and outer is not None:
+        stack = outer[1]
+    if stack is not None and stack.overrides:
+        part.per_layer_config = None
+    for name, value in list(attributes.items()):
+        if _is_config(name, value):
+            _shrink(value, f"{key}/{name}", shared, layers, (sizes, stack))
+        elif name in _ROPE and isinstance(value, dict):
+            _shrink_rope(value, sizes)
+        else:
+            attributes[name] = _small_value(name, value, sizes, stack)
+    apply_rules(part, before, attributes, sizes, stack)
+    if stack is not None and stack.overrides:
+        part.per_layer_config = {
+            index: {
+                name: _small_value(name, value, sizes, None)
+                for name, value in stack.overrides[old].items()
+            }
+            for index, old in enumerate(stack.kept)
+            if old in stack.overrides
+        }
+
+
+def _small_value(name: str, value: Any, sizes: StackSizes, stack: KeptLayers | None) -> Any:
+    """The small value of one attribute, or the same value where it is no size."""
+    if stack is not None:
+        done, value = shrink_layer_attribute(name, value, stack)
+        if done:
+            return value
+    role = role_of(name)
+    if role is None or role == "kept" or isinstance(value, bool):
+        return value
+    if role == "probability":
+        return type(value)(0) if isinstance(value, (int, float)) else value
+    if isinstance(value, int):
+        return sizes.small(role, name, value)
+    if is_ints(value):
+        return type(value)(sizes.small(role, name, item) for item in value)
+    return value
+
+
+def _shrink_rope(rope: dict[str, Any], sizes: StackSizes) -> None:
+    """Shorten what rotary parameters list per dimension; their kind, base and factors stay."""
+    old, new = sizes.head_dim
+    for name, value in rope.items():
+        if isinstance(value, dict):
+            _shrink_rope(value, sizes)
+        elif name == "original_max_position_embeddings" and isinstance(value, int):
+            rope[name] = min(value, POSITIONS // 2)
+        elif name == "mrope_section" and is_ints(value):
+            rope[name] = _sections(value, max(len(value), sum(value) * new // old))
+        elif name in ("short_factor", "long_factor") and isinstance(value, list):
+            rope[name] = value[: max(1, len(value) * new // old)]
+
+
+def _sections(sections: list[int], total: int) -> list[int]:
+    """Sections in about the same proportions that add up to `total`, none empty."""
+    small = [max(1, section * total // sum(sections)) for section in sections]
+    while sum(small) != total:
+        step = 1 if sum(small) < total else -1
+        # The section furthest from its share gives or takes, of equals the last.
+        gaps = [
+            step * (old * total / sum(sections) - new)
+            for old, new in zip(sections, small, strict=True)
+        ]
+        place = max(range(len(small)), key=lambda i: (gaps[i] if small[i] + step > 0 else -1e9, i))
+        small[place] += step
+    return small
+
+
+def _validate(part: Any, config: Any) -> None:
+    validate = getattr(part, "validate", None)
+    if validate is None:
+        return
+    try:
+        validate()
+    except Exception as error:
+        raise PipelineConfigError(
+            f"{type(config).__name__} cannot be shrunk to a valid config ({error}): "
+            "use the model as it is."
+        ) from error
