@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import nn
 
 from hfpp.check.chain import Chain, StageBuilder, build_stage
@@ -20,6 +23,8 @@ from hfpp.check.report import (
     StagePart,
     worst_result,
 )
+from hfpp.check.shrink import shrink_config
+from hfpp.check.sources import Source, find_source
 from hfpp.check.unsplit import Outcome, Subject, UnsplitModelError, make_subject, run_unsplit
 from hfpp.errors import PipelineConfigError
 from hfpp.runtime.anatomy import Anatomy, find_anatomy
@@ -248,3 +253,81 @@ def _differs(comparison: Comparison, tolerance: float, where: str) -> str:
 def _said(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, PipelineConfigError) else f"{type(error).__name__}: {text}"
+
+
+def check_class(
+    model_class: Callable[[Any], nn.Module],
+    config: Any,
+    *,
+    pp_sizes: Sequence[int] = (2, 3, 4),
+    kinds: Sequence[Kind] = ALL_KINDS,
+) -> CheckReport:
+    """Compare a random model of a small config, built as it is, with its stages.
+
+    Args:
+        model_class: builds the model.
+        config: what it is built from.
+        pp_sizes: numbers of stages.
+        kinds: of batches.
+
+    Raises:
+        Exception: whatever building the model raises.
+    """
+    return check_instance(_random(model_class, config), pp_sizes=pp_sizes, kinds=kinds)
+
+
+def check_model(
+    model: Any,
+    *,
+    pp_sizes: Sequence[int] = (2, 4),
+    tokens: int = TOKENS,
+    full: bool = False,
+    kinds: Sequence[Kind] = ALL_KINDS,
+    gradients: bool = True,
+    trust_remote_code: bool = False,
+) -> CheckReport:
+    """Check a model: see `hfpp.functional.check_model`."""
+    _check_arguments(pp_sizes, tokens)
+    source = find_source(model, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"pp_sizes": pp_sizes, "kinds": kinds, "gradients": gradients}
+    if source.config is None or full:
+        return check_instance(_filled(source), tokens=tokens, **options)
+    small = shrink_config(source.config, layers=max(4, *pp_sizes))
+    twin = _random(source.build, small)
+    whole = source.model
+    if whole is None:
+        whole = source.build(copy.deepcopy(source.config), device="meta")
+    return check_instance(twin, tokens=tokens, is_shrunk=True, whole=whole, **options)
+
+
+def _check_arguments(pp_sizes: Sequence[int], tokens: int) -> None:
+    if not pp_sizes or any(type(size) is not int or size < 1 for size in pp_sizes):
+        raise PipelineConfigError(
+            f"pp_sizes ({pp_sizes!r}) must be positive numbers of stages, such as (2, 4)."
+        )
+    if type(tokens) is not int or tokens < 8:
+        raise PipelineConfigError(f"tokens ({tokens!r}) must be a number of at least 8.")
+
+
+def _filled(source: Source) -> nn.Module:
+    """The model at its full size, with weights."""
+    model = source.model
+    if model is None or (source.config is not None and _has_meta(model)):
+        return _random(source.build, copy.deepcopy(source.config))
+    if _has_meta(model):
+        raise PipelineConfigError(
+            f"{type(model).__name__} has parameters on the meta device, and no transformers config "
+            f"to build a small twin of: give it weights, such as model.to_empty(device='cpu') and "
+            f"random numbers."
+        )
+    return model
+
+
+def _has_meta(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _random(make: Callable[[Any], nn.Module], config: Any) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make(config)

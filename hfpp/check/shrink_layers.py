@@ -72,7 +72,7 @@ def _is_indices(name: str, value: Any, total: int) -> bool:
         _INDICES.search(name) is not None
         and is_ints(value)
         and list(value) == sorted(set(value))
-        and 0 <= value[0]
+        and value[0] >= 0
         and value[-1] < total
     )
 
