@@ -11,6 +11,7 @@ from hfpp.functional import (
     build_pipeline_schedule,
     calculate_virtual_stages,
     causal_lm_loss,
+    check_model,
     clip_grad_norm_,
     generate_hf_model_fqn_per_model_part,
     pipeline_model,
@@ -24,10 +25,12 @@ from hfpp.functional import (
 from hfpp.plan.placement import Placement
 
 if TYPE_CHECKING:
+    from hfpp.check.report import CheckReport
     from hfpp.runtime.pipeline import Pipeline
 
 __all__ = [
     "__version__",
+    "CheckReport",
     "ParallelizeFnProtocol",
     "Pipeline",
     "PipelineConfigError",
@@ -36,6 +39,7 @@ __all__ = [
     "build_pipeline_schedule",
     "calculate_virtual_stages",
     "causal_lm_loss",
+    "check_model",
     "clip_grad_norm_",
     "generate_hf_model_fqn_per_model_part",
     "pipeline_model",
@@ -48,7 +52,7 @@ __all__ = [
 ]
 
 # Names whose module imports torch: they load it on first use, not on `import hfpp`.
-_RUNTIME_NAMES = {"Pipeline": "hfpp.runtime.pipeline"}
+_RUNTIME_NAMES = {"CheckReport": "hfpp.check.report", "Pipeline": "hfpp.runtime.pipeline"}
 
 
 def __getattr__(name: str) -> Any:

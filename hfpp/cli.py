@@ -1,4 +1,4 @@
-"""The command line: `hfpp train`."""
+"""The command line: `hfpp train` and `hfpp check`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hfpp.train.errors import TrainingError
 from hfpp.train.options import RunDtype, TrainOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 __all__ = ["main"]
 
 # What the shell is told; argparse itself ends with 2 for options that it cannot read.
-_FAILED, _BAD_OPTIONS, _INTERRUPTED = 1, 2, 130
+_FAILED, _BAD_OPTIONS, _REFUSED, _INTERRUPTED = 1, 2, 3, 130
 _DEFAULT = " (default: %(default)s)"  # argparse fills it in
 
 
@@ -32,21 +32,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None takes the process's own.
 
     Returns:
-        The exit code: 0, 1 for a run that failed, 2 for options that cannot work, 130 for Ctrl-C.
+        The exit code: 0; 1 for a run that failed, or a model whose pipeline is not exact; 2 for
+        options that cannot work; 3 for a model that is refused; 130 for Ctrl-C.
     """
     given = _parser().parse_args(arguments)
+    command: str = given.command
     try:
-        _train(given)
+        return _COMMANDS[command](given)
     except KeyboardInterrupt:
-        return _end(_INTERRUPTED, "interrupted")
+        return _end(command, _INTERRUPTED, "interrupted")
     except PipelineConfigError as error:
-        return _end(_BAD_OPTIONS, f"error: {error}")
+        return _end(command, _BAD_OPTIONS, f"error: {error}")
     except (TrainingError, OSError) as error:  # such as a full disk
-        return _end(_FAILED, f"error: {error}")
-    return 0
+        return _end(command, _FAILED, f"error: {error}")
 
 
-def _train(given: argparse.Namespace) -> None:
+def _check(given: argparse.Namespace) -> int:
+    from hfpp.check.command import check_and_print
+
+    report = check_and_print(
+        given.model,
+        pp_sizes=given.pp,
+        tokens=given.tokens,
+        full=given.full,
+        trust_remote_code=given.trust_remote_code,
+        as_json=given.json,
+    )
+    return {"exact": 0, "refused": _REFUSED}.get(report.result, _FAILED)
+
+
+def _train(given: argparse.Namespace) -> int:
     options = TrainOptions(
         model=given.model,
         text=given.text,
@@ -69,6 +84,10 @@ def _train(given: argparse.Namespace) -> None:
     from hfpp.train.launcher import run_training
 
     run_training(options)
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"train": _train, "check": _check}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,9 +96,69 @@ def _parser() -> argparse.ArgumentParser:
         description="Pipeline parallelism for Hugging Face models.",
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        title="commands", required=True, metavar="COMMAND", dest="command"
+    )
     _add_train(commands)
+    _add_check(commands)
     return parser
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split(","))
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    check = commands.add_parser(
+        "check",
+        help="compare a model's pipeline with the unsplit model",
+        description=(
+            "Cuts a model into stages, runs them one after the other in one process without "
+            "anything of the unsplit model, and compares logits and every gradient: on plain, "
+            "padded, packed and long batches of random tokens. A transformers model is made small "
+            "first: its own class, with a small config of the same kind and random weights. "
+            "Printed are the result for each size, what crosses each cut and what each stage "
+            "owns."
+        ),
+        epilog=(
+            "exit code: 0 every size is exact, 1 some size differs or fails, 2 wrong options, 3 "
+            "the model, or a size, is refused with the reason and nothing differs"
+        ),
+        allow_abbrev=False,
+    )
+    add = check.add_argument
+    add(
+        "model",
+        metavar="MODEL",
+        help="a config.json, a local folder with one, or module:function, a function without "
+        "arguments that returns a model or a transformers config",
+    )
+    add(
+        "--pp",
+        type=_sizes,
+        metavar="N[,N...]",
+        default=(2, 4),
+        help="numbers of stages to check (default: 2,4)",
+    )
+    add(
+        "--tokens",
+        type=int,
+        metavar="N",
+        default=21,
+        help=f"tokens per sequence{_DEFAULT}",
+    )
+    add(
+        "--full",
+        action="store_true",
+        help="check the model as large as it is, which needs about (3 + number of sizes) times "
+        "its size in float64 as memory",
+    )
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that the folder brings for its model",
+    )
+    add("--json", action="store_true", help="print the report as JSON")
 
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -168,8 +247,8 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
 
 
-def _end(code: int, message: str) -> int:
-    sys.stderr.write(f"hfpp train: {message}\n")
+def _end(command: str, code: int, message: str) -> int:
+    sys.stderr.write(f"hfpp {command}: {message}\n")
     return code
 
 

@@ -6,6 +6,7 @@ Importing this module loads no torch: it is imported inside the functions that n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from hfpp.plan import partition, placement, tensor_shapes
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.pipelining import PipelineStage
     from torch.distributed.pipelining.schedules import _PipelineSchedule
+    from transformers import PretrainedConfig
 
     from hfpp._core import Table
+    from hfpp.check.report import CheckReport
     from hfpp.runtime.pipeline import Pipeline
 
 __all__ = [
@@ -28,6 +31,7 @@ __all__ = [
     "build_pipeline_schedule",
     "calculate_virtual_stages",
     "causal_lm_loss",
+    "check_model",
     "clip_grad_norm_",
     "generate_hf_model_fqn_per_model_part",
     "pipeline_model",
@@ -586,6 +590,7 @@ def pipeline_model(
     seq_len: int | None = None,
     reduce_grad_per_microbatch: bool = False,
     tensor_dtype: torch.dtype | None = None,
+    verify: Literal["logits", "grads"] | None = None,
 ) -> Pipeline:
     """Turns a model into a pipeline: splits it, parallelizes the parts and builds the schedule.
 
@@ -622,12 +627,17 @@ def pipeline_model(
         reduce_grad_per_microbatch: Whether FSDP2 stages reduce their gradients after every
             microbatch, which frees the unsharded ones, instead of once per step.
         tensor_dtype: Dtype of what crosses between stages, as in `_precompute_stage_shapes`.
+        verify: What to compare with the unsplit model before anything is built, as `check_model`
+            does: "logits", or "grads" for these and every gradient. A transformers model is checked
+            as a small random twin with as many stages as the schedule has, but at most 8; any other
+            model as it is. None checks nothing.
 
     Returns:
         A named tuple ``(schedule, model_parts, has_first_stage, has_last_stage, stages)``.
 
     Raises:
-        PipelineConfigError: If the settings cannot work together, or the ranks disagree.
+        PipelineConfigError: If the settings cannot work together, the ranks disagree, or `verify`
+            finds a difference.
         FileNotFoundError: If there is no such CSV file.
 
     Example:
@@ -639,6 +649,11 @@ def pipeline_model(
     """
     from hfpp.runtime.pipeline import pipeline_model as pipeline
 
+    check: Callable[[nn.Module, int], None] | None = None
+    if verify is not None:
+        from hfpp.check.twin import verify_twin
+
+        check = partial(verify_twin, verify)
     return pipeline(
         model,
         world_mesh,
@@ -666,4 +681,50 @@ def pipeline_model(
         seq_len=seq_len,
         reduce_grad_per_microbatch=reduce_grad_per_microbatch,
         tensor_dtype=tensor_dtype,
+        verify=check,
+    )
+
+
+def check_model(
+    model: nn.Module | PretrainedConfig | str | PathLike[str],
+    *,
+    pp_sizes: Sequence[int] = (2, 4),
+    tokens: int = 21,
+    full: bool = False,
+    trust_remote_code: bool = False,
+) -> CheckReport:
+    """Compares a model's pipeline with the unsplit model: logits, gradients, parameters.
+
+    The stages run one after the other in this process, each without anything of the model that it
+    does not hold, on plain, padded, packed and long batches of random tokens. A transformers model
+    is made small first: its own class, with a small config of the same kind and random weights.
+
+    Args:
+        model: A module, which is left as it was; a transformers config; the path of a config.json
+            or of a folder with one; or "module:function", a function that returns one of the first
+            two.
+        pp_sizes: The numbers of stages to check.
+        tokens: Tokens per sequence; one kind of batch is longer.
+        full: Whether to check a transformers model as large as it is. Other models always are; it
+            takes about 3 plus the number of sizes times the model in float64 as memory.
+        trust_remote_code: Whether the Python code that a folder brings for its model may run.
+
+    Returns:
+        A report: ``report.exact``, ``report.sizes`` with results, reasons, cuts and stages,
+        ``report.to_dict()`` for JSON, and ``str(report)`` to read.
+
+    Raises:
+        PipelineConfigError: If there is no such model, or an argument is out of range. A model that
+            cannot be cut is no error but a report that says why.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> report = check_model(LlamaConfig(), pp_sizes=(2,))
+        >>> report.exact, report.sizes[0].cuts[0].layer
+        (True, 16)
+    """
+    from hfpp.check.model_check import check_model as check
+
+    return check(
+        model, pp_sizes=pp_sizes, tokens=tokens, full=full, trust_remote_code=trust_remote_code
     )

@@ -29,7 +29,10 @@ pipeline_model(model, world_mesh, moe_mesh, *, pp_axis_name, dp_axis_names, cp_a
 ParallelizeFnProtocol.__call__(self, model, world_mesh, moe_mesh, *, dp_axis_names, cp_axis_name=None, tp_axis_name=None, ep_axis_name=None, ep_shard_axis_names=None)
 """  # noqa: E501
 
-ADDED = {"split_model_into_stages": ["pipeline_parallel_schedule_csv"]}
+ADDED = {
+    "split_model_into_stages": ["pipeline_parallel_schedule_csv"],
+    "pipeline_model": ["verify"],
+}
 
 
 def written(signature: str) -> tuple[str, list[tuple]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -163,8 +164,9 @@ class CheckReport:
         return worst_result(size.result for size in self.sizes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report in dicts, lists, strings and numbers, for JSON."""
-        return {"result": self.result, "exact": self.exact, **asdict(self)}
+        """The report in dicts, lists, strings and numbers, for JSON; infinity as "inf"."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return {"result": self.result, "exact": self.exact, **plain}
 
     def __str__(self) -> str:
         from hfpp.check.render import as_text
@@ -175,3 +177,11 @@ class CheckReport:
 def worst_result(results: Any) -> Result:
     """The worst of several; "failed" of none."""
     return max(results, key=RESULTS.index, default="failed")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

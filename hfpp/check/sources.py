@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import sys
@@ -46,20 +47,33 @@ class Source:
             return cls(model.config, type(model), model)
         return cls(None, _no_config, model)
 
-    def build(self, config: Any, *, device: str = "cpu") -> nn.Module:
-        """The model of a config.
+    def build(self, config: Any) -> nn.Module:
+        """The model of a config, with random weights.
 
         Raises:
             PipelineConfigError: if its class makes none of it.
         """
-        try:
-            with torch.device(device):
-                return self.make(config)
-        except Exception as error:  # whatever the model's own code raises
-            raise PipelineConfigError(
-                f"no model can be built of this {type(config).__name__}: {_said(error)}. Check "
-                f"that transformers can build it."
-            ) from error
+        return _built(self.make, config)
+
+    def build_bare(self) -> nn.Module:
+        """The model as large as it is and in its own dtype, without weights.
+
+        Raises:
+            PipelineConfigError: if its class makes none of the config.
+        """
+        make = getattr(self.make, "_from_config", self.make)  # it minds the config's dtype
+        with torch.device("meta"):
+            return _built(make, copy.deepcopy(self.config))
+
+
+def _built(make: Callable[[Any], nn.Module], config: Any) -> nn.Module:
+    try:
+        return make(config)
+    except Exception as error:  # whatever the model's own code raises
+        raise PipelineConfigError(
+            f"no model can be built of this {type(config).__name__}: {_said(error)}. Check "
+            f"that transformers can build it."
+        ) from error
 
 
 def find_source(
@@ -173,7 +187,9 @@ def _class_of(
         if auto in remote and folder is not None and trust_remote_code:
             from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-            return get_class_from_dynamic_module(remote[auto], str(folder))  # type: ignore[no-any-return]
+            own: Callable[[Any], nn.Module]
+            own = get_class_from_dynamic_module(remote[auto], str(folder))
+            return own
     for name in getattr(config, "architectures", None) or ():
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):

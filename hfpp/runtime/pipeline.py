@@ -73,8 +73,13 @@ def pipeline_model(
     seq_len: int | None = None,
     reduce_grad_per_microbatch: bool = False,
     tensor_dtype: torch.dtype | None = None,
+    verify: Callable[[nn.Module, int], None] | None = None,
 ) -> Pipeline:
-    """Split, parallelize, schedule: see `hfpp.functional.pipeline_model`."""
+    """Split, parallelize, schedule: see `hfpp.functional.pipeline_model`.
+
+    Here ``verify`` is called with the model and the number of stages, to raise before anything is
+    built.
+    """
     group = _all_ranks(world_mesh, pp_axis_name)
     facts: dict[str, Any] = {}
     refusal: Exception | None = None
@@ -107,6 +112,7 @@ def pipeline_model(
             "tensor_dtype": tensor_dtype,
             "a loss_fn": loss_fn is not None,
             "a parallelize_fn": parallelize_fn is not None,
+            "verify": verify is not None,
             **model_facts(model),
         }
         stages, parts = split_model_into_stages(
@@ -123,6 +129,7 @@ def pipeline_model(
             pipeline_parallel_schedule_csv=pipeline_parallel_schedule_csv,
             stage_class=ReducingStage if reduce_grad_per_microbatch else PipelineStage,
             names_argument="module_fqns_per_model_part",
+            verify=verify,
         )
         check_pipeline_schedule(
             pipeline_parallel_schedule_csv,

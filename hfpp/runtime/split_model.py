@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -56,11 +56,13 @@ def split_model_into_stages(
     anatomy: Anatomy | None = None,
     stage_class: type[PipelineStage] = PipelineStage,
     names_argument: str = "module_names_per_stage",
+    verify: Callable[[nn.Module, int], None] | None = None,
 ) -> tuple[list[PipelineStage], list[nn.Module]]:
     """Split ``model``: see `hfpp.functional.split_model_into_stages`.
 
-    Beyond it: ``anatomy``, where it is known; the ``stage_class`` to wrap modules in; and what the
-    caller calls ``module_names_per_stage``.
+    Beyond it: ``anatomy``, where it is known; the ``stage_class`` to wrap modules in; what the
+    caller calls ``module_names_per_stage``; and what is called with the model and the number of
+    stages before anything is built, to raise where they do not fit.
     """
     check_rounding(round_to_pp_multiple)
     mesh = pp_mesh[pp_axis_name] if pp_mesh.ndim > 1 else pp_mesh
@@ -83,6 +85,13 @@ def split_model_into_stages(
         )
     _check_stage_count(num_stages, pp_size, layout)
     _refuse_silent_differences(model, num_stages)
+    if verify is not None:
+        if own_forward:
+            raise PipelineConfigError(
+                f"verify cannot check {type(model).__name__}, which keeps its own forward: leave "
+                f"verify out."
+            )
+        verify(model, num_stages)
     ids = stage_ids_this_rank(pp_rank, pp_size, num_stages, layout.placement.value)
     if own_forward:
         modules = prune(model, module_names_per_stage, num_stages, ids, group, names_argument)
