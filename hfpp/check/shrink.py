@@ -1,12 +1,13 @@
-"""Tiny configs of the same kind: every size small, everything that makes the model what it is kept."""
+"""Tiny configs of the same kind: every size small, what makes the model what it is kept."""
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
+from hfpp.check.shrink_defaults import MROPE_SECTIONS, OPEN_DEFAULTS
 from hfpp.check.shrink_layers import (
     KeptLayers,
     choose_layers,
@@ -38,7 +39,7 @@ _ENCODER_KEY = re.compile(
 )
 _NESTED_DICT = re.compile(r"_(config|cfg)$")
 _ROPE = frozenset({"rope_parameters", "rope_scaling"})
-_FEATURE_LAYER = re.compile(r"feature_layers?$|^spatial_(vision_layer|target_layers)$")
+_FEATURE_LAYER = re.compile(r"feature_layers?$|^spatial_vision_layer$")
 _ENCODER_LAYERS = 2
 
 
@@ -64,13 +65,18 @@ def shrink_config(config: Any, *, layers: int = 4) -> Any:
         raise PipelineConfigError(f"layers ({layers}) must be at least 1: use 4 or more.")
     small = copy.deepcopy(config)
     nested = list(_nested(small))
+    for _, part in nested:
+        _name_sections(part)
     shared = _shared_sizes([_attributes(part) for _, part in nested])
     for text in (True, False):  # text stacks first: encoders take over their widths where equal
         for key, part in nested:
             hidden = first_int(_attributes(part), HIDDEN)
             if hidden is not None and _is_text(key) == text:
                 small_hidden(hidden, shared, text=text)
-    _shrink(small, "", shared, layers, outer=None)
+    stacks: dict[str, KeptLayers] = {}
+    _shrink(small, "", shared, layers, outer=None, stacks=stacks)
+    for _, part in nested:
+        _point_into_stacks(_attributes(part), stacks)
     for _, part in nested:
         _validate(part, config)
     return small
@@ -92,7 +98,7 @@ def tiny_config(config_class: type, model_class: type | None = None) -> Any:
     """
     wanted = getattr(model_class, "config_class", None) or config_class
     try:
-        config = config_class()
+        config = _defaults(config_class)
     except Exception as error:
         raise PipelineConfigError(
             f"{config_class.__name__} cannot be made from its defaults ({error}): "
@@ -100,8 +106,33 @@ def tiny_config(config_class: type, model_class: type | None = None) -> Any:
         ) from error
     if not isinstance(config, wanted):
         parts = (part for _, part in _nested(config))
-        config = next((part for part in parts if isinstance(part, wanted)), None) or wanted()
+        config = next((part for part in parts if isinstance(part, wanted)), None)
+        config = _defaults(wanted) if config is None else config
+    if getattr(config, "is_decoder", True) is False and not config.is_encoder_decoder:
+        config.is_decoder = True  # encoders by default, which as causal LMs look back only
     return shrink_config(config)
+
+
+def _defaults(config_class: Any) -> Any:
+    """A config of this class, with values for what the class leaves open, in nested ones too."""
+    config = config_class(**copy.deepcopy(OPEN_DEFAULTS.get(config_class.model_type, {})))
+    for name, value in list(vars(config).items()):
+        if _is_config(name, value) and not isinstance(value, dict):
+            inner = OPEN_DEFAULTS.get(value.model_type)
+            if inner is not None:
+                setattr(config, name, type(value)(**copy.deepcopy(inner)))
+    return config
+
+
+def _name_sections(part: Any) -> None:
+    """Put into a config the rotary sections that its model would assume."""
+    sections = MROPE_SECTIONS.get(getattr(part, "model_type", ""))
+    rope = _attributes(part).get("rope_parameters")
+    if sections is None or not isinstance(rope, dict):
+        return
+    for parameters in [rope] if "rope_type" in rope else rope.values():
+        if isinstance(parameters, dict):
+            parameters.setdefault("mrope_section", list(sections))
 
 
 def _attributes(part: Any) -> Attributes:
@@ -170,23 +201,30 @@ def _overrides(part: Any) -> dict[int, dict[str, Any]]:
 
 
 def _shrink(
-    part: Any, key: str, shared: SharedSizes, layers: int, outer: tuple[StackSizes, Any] | None
+    part: Any,
+    key: str,
+    shared: SharedSizes,
+    layers: int,
+    outer: tuple[StackSizes, KeptLayers | None] | None,
+    stacks: dict[str, KeptLayers],
 ) -> None:
-    """Shrink a config and those inside it, in place."""
+    """Shrink a config and those inside it, in place; note in `stacks` what layers each keeps."""
     attributes = _attributes(part)
     before = dict(attributes)
     sizes = _stack_sizes(attributes, key, shared, outer and outer[0])
     wanted = layers if _is_text(key) else _ENCODER_LAYERS
     stack = choose_layers(attributes, wanted, _overrides(part))
-    if stack is None and outer is not None:
+    if stack is not None:
+        stacks[key] = stack
+    elif outer is not None:
         stack = outer[1]
     if stack is not None and stack.overrides:
         part.per_layer_config = None
     for name, value in list(attributes.items()):
         if _is_config(name, value):
-            _shrink(value, f"{key}/{name}", shared, layers, (sizes, stack))
+            _shrink(value, f"{key}/{name}", shared, layers, (sizes, stack), stacks)
         elif name in _ROPE and isinstance(value, dict):
-            _shrink_rope(value, sizes)
+            _shrink_rope(value, sizes, attributes.get("partial_rotary_factor") or 1.0)
         else:
             attributes[name] = _small_value(name, value, sizes, stack)
     apply_rules(part, before, attributes, sizes, stack)
@@ -219,16 +257,17 @@ def _small_value(name: str, value: Any, sizes: StackSizes, stack: KeptLayers | N
     return value
 
 
-def _shrink_rope(rope: dict[str, Any], sizes: StackSizes) -> None:
+def _shrink_rope(rope: dict[str, Any], sizes: StackSizes, factor: float) -> None:
     """Shorten what rotary parameters list per dimension; their kind, base and factors stay."""
     old, new = sizes.head_dim
     for name, value in rope.items():
         if isinstance(value, dict):
-            _shrink_rope(value, sizes)
+            _shrink_rope(value, sizes, factor)
         elif name == "original_max_position_embeddings" and isinstance(value, int):
             rope[name] = min(value, POSITIONS // 2)
         elif name == "mrope_section" and is_ints(value):
-            rope[name] = _sections(value, max(len(value), sum(value) * new // old))
+            rotary = int(new * (rope.get("partial_rotary_factor") or factor))
+            rope[name] = _sections(value, max(len(value), rotary // 2))
         elif name in ("short_factor", "long_factor") and isinstance(value, list):
             rope[name] = value[: max(1, len(value) * new // old)]
 
@@ -246,6 +285,32 @@ def _sections(sections: list[int], total: int) -> list[int]:
         place = max(range(len(small)), key=lambda i: (gaps[i] if small[i] + step > 0 else -1e9, i))
         small[place] += step
     return small
+
+
+def _point_into_stacks(attributes: Attributes, stacks: Mapping[str, KeptLayers]) -> None:
+    """Let what names layers of another stack name layers that this one still has."""
+    encoder = next((stack for key, stack in stacks.items() if not _is_text(key)), None)
+    decoder = next((stack for key, stack in stacks.items() if _is_text(key)), None)
+    for name, value in attributes.items():
+        if encoder is not None and _FEATURE_LAYER.search(name):
+            if isinstance(value, int):
+                attributes[name] = _nearest(value, encoder)
+            elif is_ints(value):
+                attributes[name] = type(value)(_nearest(index, encoder) for index in value)
+        elif decoder is not None and name == "spatial_target_layers" and is_ints(value):
+            attributes[name] = type(value)(i % len(decoder.kept) for i in range(len(value)))
+        elif encoder is not None and decoder is not None and name == "deepstack_layer_map":
+            attributes[name] = value and [
+                (_nearest(index, encoder), place % len(decoder.kept))
+                for place, (index, _) in enumerate(value)
+            ]
+
+
+def _nearest(index: int, stack: KeptLayers) -> int:
+    """The place in the shrunk stack of an index into the whole one, which may count from its end."""
+    if index < 0:
+        return max(index, -len(stack.kept))
+    return min(index * len(stack.kept) // stack.total, len(stack.kept) - 1)
 
 
 def _validate(part: Any, config: Any) -> None:

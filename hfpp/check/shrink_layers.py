@@ -1,4 +1,4 @@
-"""Which layers a shrunk config keeps, and what becomes of everything that counts or names layers."""
+"""Which layers a shrunk config keeps, and what becomes of what counts or names layers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ _COUNTS = (
     "num_encoder_layers",
     "conf_num_hidden_layers",
 )
+_LISTS = ("layer_types", "layers_block_type")  # count the layers where nothing else does
 _OTHER_STACK = re.compile(
     r"(^|_)(num_)?(encoder|global|residual|lstm)_layers$|(^|_)depth$|add_layers$"
 )
 _INDICES = re.compile(
     r"(_layers|_layer_ids|_idxs|_indexes|_indices)$"  # cross_attention_layers, hybrid_layer_ids, …
 )
+_FROM_ONE = re.compile(r"^(ple_layer_ids|kda_layers|full_attn_layers)$")
 _PREFIX = re.compile(r"^(first_k_dense_replace|num_dense_layers|max_window_layers)$")
 _SUFFIX = re.compile(r"^num_kv_shared_layers$")
 _PERIOD = re.compile(
@@ -67,14 +69,14 @@ def _is_per_layer(value: object, total: int) -> bool:
     return isinstance(value, (list, tuple)) and total > 1 and len(value) == total
 
 
-def _is_indices(name: str, value: Any, total: int) -> bool:
-    return (
-        _INDICES.search(name) is not None
-        and is_ints(value)
-        and list(value) == sorted(set(value))
-        and value[0] >= 0
-        and value[-1] < total
-    )
+def _indices(name: str, value: Any, total: int) -> tuple[int, ...] | None:
+    """The layers that a list of indices names, from 0; None for other values."""
+    if _INDICES.search(name) is None or not is_ints(value):
+        return None
+    first = 1 if _FROM_ONE.search(name) else 0
+    indices = tuple(index - first for index in value)
+    ascending = list(indices) == sorted(set(indices))
+    return indices if ascending and indices[0] >= 0 and indices[-1] < total else None
 
 
 def count_name(attributes: Mapping[str, Any]) -> str | None:
@@ -83,7 +85,7 @@ def count_name(attributes: Mapping[str, Any]) -> str | None:
         value = attributes.get(name)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return name
-    return None
+    return next((name for name in _LISTS if isinstance(attributes.get(name), list)), None)
 
 
 def _signatures(
@@ -96,8 +98,8 @@ def _signatures(
     for name, value in attributes.items():
         if _SOURCE.search(name) and _is_per_layer(value, total):
             marks.append([source == index for index, source in enumerate(value)])
-        elif _is_indices(name, value, total):
-            marks.append([index in value for index in range(total)])
+        elif (indices := _indices(name, value, total)) is not None:
+            marks.append([index in indices for index in range(total)])
         elif _is_per_layer(value, total):
             # Numbers of their own for each layer are sizes, no kinds.
             if len(set(map(repr, value))) <= 4:
@@ -120,7 +122,7 @@ def choose_layers(
     name = count_name(attributes)
     if name is None:
         return None
-    total = attributes[name]
+    total = attributes[name] if isinstance(attributes[name], int) else len(attributes[name])
     kinds = _signatures(attributes, total, overrides)
     wanted = max(min(layers, total), len(set(kinds)))
     chosen: list[int] = []
@@ -166,8 +168,10 @@ def shrink_layer_attribute(name: str, value: Any, stack: KeptLayers) -> tuple[bo
         return False, value
     if _SOURCE.search(name) and _is_per_layer(value, total):
         return True, type(value)(kept.index(value[index]) for index in kept)
-    if _is_indices(name, value, total):
-        return True, type(value)(i for i, index in enumerate(kept) if index in value)
+    indices = _indices(name, value, total)
+    if indices is not None:
+        first = value[0] - indices[0]
+        return True, type(value)(i + first for i, index in enumerate(kept) if index in indices)
     if _is_per_layer(value, total):
         return False, type(value)(value[index] for index in kept)
     return False, value

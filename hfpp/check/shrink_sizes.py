@@ -30,10 +30,13 @@ _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("vocab", r"^vocab_size|vocab_size$|_vocab$|codebook_size|^num_embeddings$|vocab_size_"),
         ("kept", r"kernel|multiplier|factor|stride|ratio|_scale|^scale_|theta|_eps|_std$|range"),
         (
+            "top_k",
+            r"experts_per_tok|^(moe_)?top_?k(_experts)?$|^moe_(topk|k|top_k)$|^router_top_?k$",
+        ),
+        (
             "experts",
             r"(^|_)(num_)?(local_|routed_|n_routed_)?experts$|^(moe_)?num_experts$|expert_num$",
         ),
-        ("top_k", r"experts_per_tok|^(moe_)?top_?k$|^moe_(topk|k|top_k)$|^router_top_?k$"),
         ("groups", r"^n_group$|^num_expert_group$"),
         ("top_groups", r"^topk_group$"),
         ("rank", r"rank$|^adapter_rank$"),

@@ -1,0 +1,1 @@
+"""Tests of the check: exact models, planted faults, strangers' models, the command."""
