@@ -150,7 +150,7 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add(
         "--full",
         action="store_true",
-        help="check the model as large as it is, which needs about (3 + number of sizes) times "
+        help="check the model as large as it is, which needs about (4 + number of sizes) times "
         "its size in float64 as memory",
     )
     add(

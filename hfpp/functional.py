@@ -706,7 +706,7 @@ def check_model(
         pp_sizes: The numbers of stages to check.
         tokens: Tokens per sequence; one kind of batch is longer.
         full: Whether to check a transformers model as large as it is. Other models always are; it
-            takes about 3 plus the number of sizes times the model in float64 as memory.
+            takes about 4 plus the number of sizes times the model in float64 as memory.
         trust_remote_code: Whether the Python code that a folder brings for its model may run.
 
     Returns:

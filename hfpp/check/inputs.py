@@ -163,8 +163,9 @@ def _vocabulary(model: nn.Module) -> int:
 def _long_length(model: nn.Module, tokens: int) -> int:
     """Longer than ``tokens`` and than every window of the config, where it has one."""
     values: dict[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
-    found = [w for w in _windows(values) if w + 5 <= _LONGEST]
-    return max([2 * tokens - 1, *(w + 5 for w in found)])
+    found = [w for w in _windows(values) if w + 8 <= _LONGEST]
+    longer = 2 * tokens - tokens % 2
+    return max([longer, *(w + 8 for w in found)])
 
 
 def _windows(values: Mapping[str, Any]) -> Iterator[int]:

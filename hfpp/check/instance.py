@@ -25,6 +25,7 @@ from hfpp.errors import PipelineConfigError
 from hfpp.runtime.anatomy import Anatomy, find_anatomy
 
 TOKENS = 21  # longer than the windows of a shrunk model, and no multiple of its chunks
+_ROUND_LENGTHS = (8, 64)  # multiples to try where a model does not run with the length asked for
 
 
 @dataclass(slots=True)
@@ -85,9 +86,9 @@ def check_instance(
     anatomy: Anatomy | None = None
     subject: Subject | None = None
     unsplit_error = None
-    made = list(batches(model, tokens=tokens, kinds=kinds))
+    made: list[Batch] = []
     try:
-        subject = make_subject(model, _first(model, made, tokens), gradients=gradients)
+        subject, made, tokens = _make_subject(model, tokens, kinds, gradients=gradients)
         notes += subject.notes
         anatomy = find_anatomy(subject.model)
     except UnsplitModelError as error:
@@ -122,6 +123,23 @@ def check_instance(
         notes=tuple(dict.fromkeys(notes)),
         sizes=tuple(size.report() for size in sizes),
     )
+
+
+def _make_subject(
+    model: nn.Module, tokens: int, kinds: Sequence[Kind], *, gradients: bool
+) -> tuple[Subject, list[Batch], int]:
+    """The model fit for comparison, its batches and their length: some models want round ones."""
+    problem: UnsplitModelError | None = None
+    for length in dict.fromkeys((tokens, *(-(-tokens // n) * n for n in _ROUND_LENGTHS))):
+        made = list(batches(model, tokens=length, kinds=kinds))
+        try:
+            subject = make_subject(model, _first(model, made, length), gradients=gradients)
+        except UnsplitModelError as error:
+            problem = problem or error
+            continue
+        return subject, made, length
+    assert problem is not None
+    raise problem
 
 
 def _first(model: nn.Module, made: list[Batch], tokens: int) -> Batch:
@@ -188,7 +206,7 @@ def _compare_batch(
     if not chained:
         return
     try:
-        want = run_unsplit(subject.model, batch, gradients=gradients)
+        want = run_unsplit(subject.unsplit, batch, gradients=gradients)
     except Exception as error:
         notes.append(f"{batch.kind} is left out: the unsplit model fails with it ({_said(error)})")
         return
@@ -218,7 +236,7 @@ def _compare_chain(
         return _kind(batch, "failed", problems[0], comparison, None)
     if comparison.is_equal:
         return _kind(batch, "exact", "", comparison, None)
-    where = first_difference(subject.model, chain, anatomy, batch, comparison, subject.tolerance)
+    where = first_difference(subject.unsplit, chain, anatomy, batch, comparison, subject.tolerance)
     reason = _differs(comparison, subject.tolerance, where)
     return _kind(batch, "different", reason, comparison, where)
 

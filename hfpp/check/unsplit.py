@@ -40,13 +40,16 @@ class Subject:
     """A model made fit for comparison.
 
     Attributes:
-        model: a copy of the caller's, its parameters away from neutral values.
+        model: a copy of the caller's, its parameters away from neutral values. It has never run:
+            what some models keep of a run cannot be copied.
+        unsplit: a copy of that to run.
         dtype: float64 where its code runs in it, else float32.
         training: whether it is compared in training mode.
         notes: what a reader of the report should know about it.
     """
 
     model: nn.Module
+    unsplit: nn.Module
     dtype: torch.dtype
     training: bool
     notes: tuple[str, ...]
@@ -76,10 +79,11 @@ def make_subject(model: nn.Module, batch: Batch, *, gradients: bool = True) -> S
             candidate = copy.deepcopy(model).to(dtype).train()
             if perturbed:
                 perturb(candidate)
+            unsplit = copy.deepcopy(candidate)
             try:
-                training = not _is_random(candidate, batch)
-                candidate.train(training)
-                finite = run_unsplit(candidate, batch, gradients=gradients).is_finite()
+                training = not _is_random(unsplit, batch)
+                unsplit.train(training)
+                finite = run_unsplit(unsplit, batch, gradients=gradients).is_finite()
             except Exception as error:  # whatever the model's own code raises
                 errors.append(f"{type(error).__name__}: {error}")
                 continue
@@ -93,8 +97,8 @@ def make_subject(model: nn.Module, batch: Batch, *, gradients: bool = True) -> S
                 notes.append("parameters as they were initialised: moved, its results overflow")
             if not training:
                 notes.append("compared in eval mode: its training forward draws random numbers")
-            candidate.zero_grad(set_to_none=True)
-            return Subject(candidate, dtype, training, tuple(notes))
+            candidate.train(training)
+            return Subject(candidate, unsplit, dtype, training, tuple(notes))
     raise UnsplitModelError(
         f"the unsplit {type(model).__name__} does not run: {min(errors, key=len)}"
     )

@@ -27,13 +27,14 @@ class OwnModel(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.embed = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(config.depth))
+        width, depth = config.width, config.depth
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.out = nn.Linear(config.width, config.vocab_size)
         self.post_init()
     def forward(self, input_ids):
         x = self.embed(input_ids)
         for block in self.blocks:
-            x = block(x).tanh() + x
+            x = block(x.tanh())
         return self.out(x)
 """
 
@@ -69,7 +70,7 @@ def test_a_folder_and_its_config(llama: Path, capsys: pytest.CaptureFixture[str]
 def test_a_functions_model_and_its_refusal(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = check(capsys, "tests.models:PlainModel", "--pp", 2, "--tokens", 12)
     assert code == 0
-    assert "memory of layer 2 and 1 more [2 x 12 x 1] float32" in out
+    assert "memory of layer 2 [2 x 12 x 1] float32" in out
     code, out, _ = check(capsys, NO_SPLIT, "--pp", 2)
     assert code == 3
     assert "2 stages: refused\n  Twice cannot be split" in out

@@ -14,10 +14,10 @@ from tests.ranks import run_ranks
 from tests.runtime.real_pipelines import build, data_and_pipeline_mesh, loss, step, wrong_gradients
 
 EXTRA = {
-    "positional": ["memory of layer 2 and 1 more"],
+    "positional": ["memory of layer 2"],
     "one by one": [],
     "sequential": [],
-    "dict": ["state['level'] of layer 2 and 1 more"],
+    "dict": ["state['level'] of layer 2", "state['first'] of layer 2 and 1 more"],
     "prompt": ["prompt of layer 2 and 1 more"],
 }
 
@@ -28,7 +28,8 @@ def test_a_strangers_model_is_exact(name: str) -> None:
     assert report.exact, str(report)
     assert not report.is_shrunk
     assert {kind.kind for size in report.sizes for kind in size.kinds} == {"plain", "long"}
-    assert [c.description for c in report.sizes[0].cuts[0].crossings][:1] == ["hidden state"]
+    crossings = report.sizes[0].cuts[0].crossings
+    assert [c.description for c in crossings] == ["hidden state", *EXTRA[name]]
     owned = [name for part in report.sizes[1].stages for name in part.parameters]
     assert len(owned) == len(set(owned))
     held = {*owned, *(name for part in report.sizes[1].stages for name in part.copies)}
