@@ -14,7 +14,7 @@ from hfpp.check.shrink_layers import (
     is_ints,
     shrink_layer_attribute,
 )
-from hfpp.check.shrink_rules import apply_rules
+from hfpp.check.shrink_rules import Change, apply_rules
 from hfpp.check.shrink_sizes import (
     GRID,
     HIDDEN,
@@ -97,6 +97,7 @@ def tiny_config(config_class: type, model_class: type | None = None) -> Any:
         PipelineConfigError: The class has no usable defaults, or none that `model_class` accepts.
     """
     wanted = getattr(model_class, "config_class", None) or config_class
+    config: Any
     try:
         config = _defaults(config_class)
     except Exception as error:
@@ -106,8 +107,9 @@ def tiny_config(config_class: type, model_class: type | None = None) -> Any:
         ) from error
     if not isinstance(config, wanted):
         parts = (part for _, part in _nested(config))
-        config = next((part for part in parts if isinstance(part, wanted)), None)
-        config = _defaults(wanted) if config is None else config
+        config = next((part for part in parts if isinstance(part, wanted)), None) or _defaults(
+            wanted
+        )
     if getattr(config, "is_decoder", True) is False and not config.is_encoder_decoder:
         config.is_decoder = True  # encoders by default, which as causal LMs look back only
     return shrink_config(config)
@@ -161,7 +163,11 @@ def _is_text(key: str) -> bool:
 def _shared_sizes(parts: list[Attributes]) -> SharedSizes:
     hidden = [first_int(part, HIDDEN) or 0 for part in parts]
     vocab = max((first_int(part, ("vocab_size",)) or 0 for part in parts), default=0)
-    shared = SharedSizes(text_hidden=max(hidden) or 1, vocab=vocab)
+    shared = SharedSizes(
+        text_hidden=max(hidden) or 1,
+        vocab=vocab,
+        grid=next(filter(None, map(_grid, parts)), (1, 1)),
+    )
     ids: set[int] = set()
     for part in parts:
         for name, value in part.items():
@@ -181,16 +187,22 @@ def _stack_sizes(
     hidden = (old or 1, small_hidden(old, shared, text=_is_text(key)) if old else 1)
     heads = find_heads(part, hidden[1])
     patch = first_int(part, ("patch_size",)) or 1
-    image = first_int(part, ("image_size",)) or patch * GRID
-    grid = max(1, image // patch)
     return StackSizes(
         shared=shared,
         hidden=hidden,
         heads=heads,
         head_dim=small_head_dim(part, hidden, heads),
-        grid=(grid, min(grid, GRID)),
+        grid=_grid(part) or shared.grid,
         patch=(patch, min(patch, PATCH)),
     )
+
+
+def _grid(part: Attributes) -> tuple[int, int] | None:
+    """Patches along the side of an image, before and after; None without images."""
+    patch, image = first_int(part, ("patch_size",)), first_int(part, ("image_size",))
+    if patch is None or image is None:
+        return None
+    return max(1, image // patch), min(max(1, image // patch), GRID)
 
 
 def _overrides(part: Any) -> dict[int, dict[str, Any]]:
@@ -227,7 +239,8 @@ def _shrink(
             _shrink_rope(value, sizes, attributes.get("partial_rotary_factor") or 1.0)
         else:
             attributes[name] = _small_value(name, value, sizes, stack)
-    apply_rules(part, before, attributes, sizes, stack)
+    model_type = getattr(part, "model_type", "")
+    apply_rules(Change(model_type=model_type, old=before, new=attributes, sizes=sizes))
     if stack is not None and stack.overrides:
         part.per_layer_config = {
             index: {
@@ -251,9 +264,9 @@ def _small_value(name: str, value: Any, sizes: StackSizes, stack: KeptLayers | N
     if role == "probability":
         return type(value)(0) if isinstance(value, (int, float)) else value
     if isinstance(value, int):
-        return sizes.small(role, name, value)
+        return sizes.small(role, value)
     if is_ints(value):
-        return type(value)(sizes.small(role, name, item) for item in value)
+        return type(value)(sizes.small(role, item) for item in value)
     return value
 
 
@@ -307,7 +320,7 @@ def _point_into_stacks(attributes: Attributes, stacks: Mapping[str, KeptLayers])
 
 
 def _nearest(index: int, stack: KeptLayers) -> int:
-    """The place in the shrunk stack of an index into the whole one, which may count from its end."""
+    """The place in the shrunk stack of an index (perhaps from the end) into the whole one."""
     if index < 0:
         return max(index, -len(stack.kept))
     return min(index * len(stack.kept) // stack.total, len(stack.kept) - 1)

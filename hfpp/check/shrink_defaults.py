@@ -62,6 +62,7 @@ OPEN_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
     "lfm2": {"layer_types": _pattern("conv", "conv", "full_attention", "conv", times=8)},
     "lfm2_moe": {"layer_types": _pattern("conv", "conv", "full_attention", "conv", times=8)},
+    "llama4_vision_model": {"hidden_size": 1408, "vision_output_dim": 4096},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
     "qwen4_exp_text": {

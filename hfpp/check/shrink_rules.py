@@ -4,28 +4,46 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
-from hfpp.check.shrink_layers import KeptLayers
 from hfpp.check.shrink_sizes import OTHER_HIDDEN, StackSizes
 
-Old = Mapping[str, Any]
-New = MutableMapping[str, Any]
-Rule = Callable[[Old, New, StackSizes, "KeptLayers | None"], None]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One config's attributes before and after each was shrunk on its own.
+
+    Attributes:
+        model_type: The config's model type, empty for a plain dict.
+        old: The attributes before.
+        new: The attributes now; rules change them in place.
+        sizes: The stack's measures.
+    """
+
+    model_type: str
+    old: Mapping[str, Any]
+    new: MutableMapping[str, Any]
+    sizes: StackSizes
 
 
-def _ints(values: Old, *names: str) -> bool:
+Rule = Callable[[Change], None]
+
+
+def _ints(values: Mapping[str, Any], *names: str) -> bool:
     return all(isinstance(values.get(name), int) for name in names)
 
 
-def _query_key_dim(old: Old, new: New, sizes: StackSizes, stack: KeptLayers | None) -> None:
+def _query_key_dim(change: Change) -> None:
     """Queries and keys of compressed attention: a rotary and another part."""
+    old, new = change.old, change.new
     if _ints(old, "qk_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"):
         new["qk_head_dim"] = new["qk_nope_head_dim"] + new["qk_rope_head_dim"]
 
 
-def _period_offset(old: Old, new: New, sizes: StackSizes, stack: KeptLayers | None) -> None:
+def _period_offset(change: Change) -> None:
     """An offset into a period stays in step with it."""
+    old, new = change.old, change.new
     for name in old:
         period = name.replace("_offset", "_period")
         if name.endswith("_offset") and period != name and _ints(old, name, period):
@@ -40,23 +58,25 @@ _STATE_SPACE = (  # heads, dimension of one, groups of heads
 )
 
 
-def _state_space(old: Old, new: New, sizes: StackSizes, stack: KeptLayers | None) -> None:
+def _state_space(change: Change) -> None:
     """Heads of a state-space layer make up its inner width, and divide into groups."""
+    old, new = change.old, change.new
     expand = old.get("mamba_expand", old.get("expand"))
     for heads, dim, groups in _STATE_SPACE:
         if expand is None or not _ints(old, heads, dim):
             continue
-        inner = int(expand * sizes.hidden[1])
+        inner = int(expand * change.sizes.hidden[1])
         if old.get("mamba_d_ssm") is not None:
-            inner = new["mamba_d_ssm"] = sizes.hidden[1]
+            inner = new["mamba_d_ssm"] = change.sizes.hidden[1]
         new[dim] = 16
         new[heads] = inner // new[dim]
         if _ints(old, groups):
             new[groups] = min(old[groups], 2)
 
 
-def _indexer_budget(old: Old, new: New, sizes: StackSizes, stack: KeptLayers | None) -> None:
+def _indexer_budget(change: Change) -> None:
     """A token budget in blocks."""
+    old, new = change.old, change.new
     if _ints(old, "indexer_budget", "indexer_compress_ratio"):
         new["indexer_compress_ratio"] = min(old["indexer_compress_ratio"], 4)
         new["indexer_budget"] = 2 * new["indexer_compress_ratio"]
@@ -65,15 +85,17 @@ def _indexer_budget(old: Old, new: New, sizes: StackSizes, stack: KeptLayers | N
 _TEXT_WIDTH = re.compile(r"^(out_hidden_size|text_hidden_size|adapter_out_dim)$")
 
 
-def _text_width(old: Old, new: New, sizes: StackSizes, stack: KeptLayers | None) -> None:
+def _text_width(change: Change) -> None:
     """What an encoder hands to the text stack has its width, also where defaults do not say so."""
+    old, new = change.old, change.new
     for name in old:
         if _TEXT_WIDTH.search(name) and _ints(old, name):
-            new[name] = sizes.shared.widths.get(sizes.shared.text_hidden, new[name])
+            new[name] = change.sizes.shared.widths.get(change.sizes.shared.text_hidden, new[name])
 
 
-def _conv_channels(old: Old, new: New, sizes: StackSizes, stack: KeptLayers | None) -> None:
+def _conv_channels(change: Change) -> None:
     """Convolutional image tokenizers normalize groups of 32 channels."""
+    old, new = change.old, change.new
     new["base_channels"] = 32
     new["channel_multiplier"] = type(old["channel_multiplier"])((1, 2))
     new["num_res_blocks"] = 1
@@ -81,8 +103,9 @@ def _conv_channels(old: Old, new: New, sizes: StackSizes, stack: KeptLayers | No
         new["latent_channels"] = 32
 
 
-def _pyramid(old: Old, new: New, sizes: StackSizes, stack: KeptLayers | None) -> None:
+def _pyramid(change: Change) -> None:
     """A pyramid of stages, each twice as wide as the one before."""
+    old, new = change.old, change.new
     for name, first in (
         ("embed_dim", 16),
         ("hidden_sizes", 16),
@@ -97,20 +120,23 @@ def _pyramid(old: Old, new: New, sizes: StackSizes, stack: KeptLayers | None) ->
             new[name] = old[name]
 
 
-def _codebooks(old: Old, new: New, sizes: StackSizes, stack: KeptLayers | None) -> None:
+def _codebooks(change: Change) -> None:
     """One row of tokens per codebook: two rows are one sample."""
+    old, new = change.old, change.new
     new["num_codebooks"] = min(old["num_codebooks"], 2)
 
 
-def _audio_convolution(old: Old, new: New, sizes: StackSizes, stack: KeptLayers | None) -> None:
+def _audio_convolution(change: Change) -> None:
     """What comes out of a strided convolution: its channels times the frequencies left."""
+    old, new = change.old, change.new
     left = old["conv_output_size"] // old["downsample_hidden_size"]
     new["conv_output_size"] = new["downsample_hidden_size"] * left
     new["adapter_input_size"] = new.get("d_model", OTHER_HIDDEN)
 
 
-def _mllama_vision(old: Old, new: New, sizes: StackSizes, stack: KeptLayers | None) -> None:
+def _mllama_vision(change: Change) -> None:
     """The output is the last layer's and those of some layers on the way."""
+    new = change.new
     new["vision_output_dim"] = new["hidden_size"] * (1 + len(new["intermediate_layers_indices"]))
 
 
@@ -134,18 +160,10 @@ _BY_MODEL_TYPE: Mapping[str, Rule] = {
 }
 
 
-def apply_rules(part: Any, old: Old, new: New, sizes: StackSizes, stack: KeptLayers | None) -> None:
-    """Put right, in `new`, what shrinking each attribute on its own has broken.
-
-    Args:
-        part: The config (or plain dict) the attributes belong to.
-        old: Its attributes before.
-        new: Its attributes now; changed in place.
-        sizes: The stack's measures.
-        stack: The layers kept, if it has any.
-    """
+def apply_rules(change: Change) -> None:
+    """Put right what shrinking each attribute on its own has broken."""
     for rule in _GENERAL:
-        rule(old, new, sizes, stack)
-    special = _BY_MODEL_TYPE.get(getattr(part, "model_type", ""))
+        rule(change)
+    special = _BY_MODEL_TYPE.get(change.model_type)
     if special is not None:
-        special(old, new, sizes, stack)
+        special(change)

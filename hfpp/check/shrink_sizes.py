@@ -28,6 +28,11 @@ _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
             r"|^im(age)?_\w+_id$|^vocab_offset$",
         ),
         ("vocab", r"^vocab_size|vocab_size$|_vocab$|codebook_size|^num_embeddings$|vocab_size_"),
+        (
+            "window",
+            r"window|^local_attention$|attention_chunk_size$|chunk_length$|chunk_size$"
+            r"|^block_size$|floor_scale$|_n_floor$|^index_block_size$|^index_kpool$",
+        ),
         ("kept", r"kernel|multiplier|factor|stride|ratio|_scale|^scale_|theta|_eps|_std$|range"),
         (
             "top_k",
@@ -43,11 +48,6 @@ _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("state", r"state_size$|_d_state$|^d_state$"),
         ("index_top_k", r"^index_topk"),
         (
-            "window",
-            r"window|^local_attention$|attention_chunk_size$|chunk_length$|chunk_size$"
-            r"|^block_size$|floor_scale$|_n_floor$|^index_block_size$|^index_kpool$",
-        ),
-        (
             "positions",
             r"position_embeddings$|^n_positions$|^n_ctx$|_positions$|^max_seq_len$"
             r"|^model_max_length$|^context_length$|^seq_len$|max_distance$|^mem_len$",
@@ -59,7 +59,7 @@ _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
             r"|attention_head_(size|dim)$|^resampler_dim_head$",
         ),
         ("patch", r"patch_size$"),
-        ("image", r"^image_size$|^crop_size$|^max_img_size$|^resolution$"),
+        ("image", r"^(max_|min_)?(image|img)_size$|^crop_size$|^resolution$"),
         ("tokens_per_image", r"^mm_tokens_per_image$|^image_seq_length$|^num_image_tokens$"),
         (
             "width",
@@ -67,6 +67,7 @@ _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
             r"|ffn|_width$|embed_dim|embedding_size$|emb_dim|^d_inner$|^n_inner$|_dim_?\w*$"
             r"|hidden_dimension|feed_forward_size|_proj_size$|channels$|^hidden_sizes$",
         ),
+        ("known_width", r"input_size$"),
         ("multiple", r"multiple_of$"),
     )
 )
@@ -122,11 +123,13 @@ class SharedSizes:
         text_hidden: The widest text stack's hidden size, before.
         widths: New widths by old ones.
         vocab: The main vocabulary's size, before.
+        grid: Patches along the side of an image, before and after.
         tokens: New token ids by old ones.
     """
 
     text_hidden: int
     vocab: int
+    grid: tuple[int, int]
     widths: dict[int, int] = field(default_factory=dict)
     tokens: dict[int, int] = field(default_factory=dict)
 
@@ -150,12 +153,11 @@ class StackSizes:
     grid: tuple[int, int]
     patch: tuple[int, int]
 
-    def small(self, role: str, name: str, value: int) -> int:
+    def small(self, role: str, value: int) -> int:
         """The small value for a size of this role.
 
         Args:
             role: What `role_of` says of its name.
-            name: The attribute's name.
             value: The size; what is below 1 means something else (none, all) and stays.
         """
         if value < 1 and role != "token":
@@ -192,6 +194,8 @@ class StackSizes:
                 return max(1, round(value * (self.grid[1] / self.grid[0]) ** 2))
             case "multiple":
                 return min(value, 16)
+            case "known_width":
+                return self.shared.widths.get(value, value)
             case "width":
                 return self._width(value)
             case _:
