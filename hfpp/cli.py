@@ -145,7 +145,8 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=int,
         metavar="N",
         default=21,
-        help=f"tokens per sequence{_DEFAULT}",
+        help="tokens per sequence; a small model is compared with at most 32, and the cuts are "
+        f"described for as many as given{_DEFAULT}",
     )
     add(
         "--full",

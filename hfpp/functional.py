@@ -704,7 +704,8 @@ def check_model(
             or of a folder with one; or "module:function", a function that returns one of the first
             two.
         pp_sizes: The numbers of stages to check.
-        tokens: Tokens per sequence; one kind of batch is longer.
+        tokens: Tokens per sequence; one kind of batch is longer. A small model is compared with at
+            most 32, and the cuts are described for as many as given.
         full: Whether to check a transformers model as large as it is. Other models always are; it
             takes about 4 plus the number of sizes times the model in float64 as memory.
         trust_remote_code: Whether the Python code that a folder brings for its model may run.

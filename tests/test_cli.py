@@ -12,7 +12,10 @@ from hfpp.train.options import TrainOptions
 from tests.test_import import loaded_by
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "--pp", "0"], []])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["train", "--help"], ["train", "--pp", "0"], ["check", "--help"], ["check"], []],
+)
 def test_help_and_wrong_options_load_nothing_heavy(arguments):
     code = (
         "import contextlib, io\nfrom hfpp.cli import main\n"

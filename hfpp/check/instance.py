@@ -20,7 +20,14 @@ from hfpp.check.report import (
     StagePart,
     worst_result,
 )
-from hfpp.check.unsplit import Outcome, Subject, UnsplitModelError, make_subject, run_unsplit
+from hfpp.check.unsplit import (
+    Outcome,
+    Subject,
+    UnsplitModelError,
+    make_subject,
+    own_randomness,
+    run_unsplit,
+)
 from hfpp.errors import PipelineConfigError
 from hfpp.runtime.anatomy import Anatomy, find_anatomy
 
@@ -64,6 +71,8 @@ def check_instance(
     gradients: bool = True,
     is_shrunk: bool = False,
     whole: nn.Module | None = None,
+    layout_tokens: int | None = None,
+    more: Sequence[Batch] = (),
     at_most_layers: bool = False,
     build: StageBuilder = build_stage,
 ) -> CheckReport:
@@ -78,6 +87,8 @@ def check_instance(
         is_shrunk: what the report says.
         whole: the model whose cuts and stages are listed, such as one on the meta device that
             ``model`` is a small twin of; where it cannot be cut the result is a refusal.
+        layout_tokens: length of the sequences that cuts are described for; None: ``tokens``.
+        more: batches to run beside those of ``kinds``.
         at_most_layers: whether a size beyond the number of layers becomes that number.
         build: makes a stage.
     """
@@ -88,7 +99,8 @@ def check_instance(
     unsplit_error = None
     made: list[Batch] = []
     try:
-        subject, made, tokens = _make_subject(model, tokens, kinds, gradients=gradients)
+        with own_randomness(model):
+            subject, made, tokens = _make_subject(model, tokens, kinds, gradients=gradients)
         notes += subject.notes
         anatomy = find_anatomy(subject.model)
     except UnsplitModelError as error:
@@ -106,9 +118,12 @@ def check_instance(
             if at_most_layers:
                 size.pp_size = min(size.pp_size, anatomy.num_layers)
             if size.result == "exact":
-                _prepare(size, subject, anatomy, whole, layout_anatomy, tokens, build)
-        for batch in made:
-            _compare_batch(sizes, subject, anatomy, batch, notes, gradients=gradients)
+                _prepare(
+                    size, subject, anatomy, whole, layout_anatomy, layout_tokens or tokens, build
+                )
+        with own_randomness(subject.model):
+            for batch in (*made, *more):
+                _compare_batch(sizes, subject, anatomy, batch, notes, gradients=gradients)
     return CheckReport(
         model=type(model).__name__,
         layers=None if anatomy is None else anatomy.layers_name,
@@ -252,6 +267,7 @@ def _kind(
         gradient_error=comparison.gradient_error,
         worst_parameter=comparison.worst_parameter,
         first_difference=where,
+        zero_for_none=comparison.zero_for_none,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hfpp.check.inputs import ALL_KINDS, Kind
+from hfpp.check.inputs import ALL_KINDS, Batch, Kind
 from hfpp.check.instance import TOKENS, check_instance
 from hfpp.check.report import CheckReport
 from hfpp.check.shrink import shrink_config
@@ -17,6 +17,7 @@ from hfpp.check.sources import Source, find_source
 from hfpp.errors import PipelineConfigError
 
 _FEWEST_LAYERS = 4  # of a twin
+_TWIN_TOKENS = 32  # at most: twice as many are all the positions that it has
 
 
 def check_class(
@@ -25,6 +26,7 @@ def check_class(
     *,
     pp_sizes: Sequence[int] = (2, 3, 4),
     kinds: Sequence[Kind] = ALL_KINDS,
+    more: Sequence[Batch] = (),
 ) -> CheckReport:
     """Compare a random model of a small config, built as it is, with its stages.
 
@@ -33,11 +35,13 @@ def check_class(
         config: what it is built from.
         pp_sizes: numbers of stages.
         kinds: of batches.
+        more: batches to run beside those.
 
     Raises:
         Exception: whatever building the model raises.
     """
-    return check_instance(_random(model_class, config), pp_sizes=pp_sizes, kinds=kinds)
+    model = _random(model_class, config)
+    return check_instance(model, pp_sizes=pp_sizes, kinds=kinds, more=more)
 
 
 def check_model(
@@ -57,9 +61,14 @@ def check_model(
     if source.config is None or full:
         filled = _filled(source)
         return check_instance(filled, tokens=tokens, whole=filled, **options)
-    twin = _twin(source, max(pp_sizes))
-    whole = source.build_bare() if source.model is None else source.model
-    return check_instance(twin, tokens=tokens, is_shrunk=True, whole=whole, **options)
+    return check_instance(
+        _twin(source, max(pp_sizes)),
+        tokens=min(tokens, _TWIN_TOKENS),
+        layout_tokens=tokens,
+        is_shrunk=True,
+        whole=source.build_bare() if source.model is None else source.model,
+        **options,
+    )
 
 
 def model_or_twin(model: nn.Module, *, layers: int) -> tuple[nn.Module, bool]:
@@ -105,6 +114,6 @@ def _has_meta(model: nn.Module) -> bool:
 
 
 def _random(make: Callable[[Any], nn.Module], config: Any) -> nn.Module:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(0)
         return make(config)

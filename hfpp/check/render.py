@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -85,6 +85,11 @@ def _findings(size: SizeReport) -> Iterator[str]:
             of = f" ({worst.worst_parameter})" if worst.gradient_error else ""
             gradient = f"{worst.gradient_error:.1e}{of}"
         yield f"largest error: logits {size.logits_error:.1e}, gradients {gradient}"
+    if size.zero_for_none:
+        yield (
+            f"zero where the unsplit model has no gradient, as it uses them nowhere: "
+            f"{_shortened(size.zero_for_none)}"
+        )
 
 
 def _stages(report: CheckReport, size: SizeReport) -> Table:
@@ -112,11 +117,13 @@ def _span(part: StagePart) -> str:
 
 def _outside(part: StagePart, prefix: str) -> str:
     names = [name for name in part.parameters if not name.startswith(prefix)]
-    shown = names[:_NAMES_SHOWN]
-    if len(names) > len(shown):
-        shown.append(f"{len(names) - len(shown)} more")
-    shown += [f"{name} (a copy)" for name in part.copies]
-    return ", ".join(shown) or "-"
+    copies = [f"{name} (a copy)" for name in part.copies]
+    return ", ".join([*filter(None, [_shortened(names)]), *copies]) or "-"
+
+
+def _shortened(names: Sequence[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join([*names[:_NAMES_SHOWN], *([f"{more} more"] if more > 0 else [])])
 
 
 def _crossing(crossing: Crossing) -> str:

@@ -71,6 +71,8 @@ class KindReport:
         gradient_error: the same of the worst parameter's gradient.
         worst_parameter: its FQN.
         first_difference: where it arises.
+        zero_for_none: FQNs of parameters that have no gradient in the unsplit model, as nothing
+            uses them, and a gradient of zeros here.
     """
 
     kind: str
@@ -80,6 +82,7 @@ class KindReport:
     gradient_error: float | None = None
     worst_parameter: str | None = None
     first_difference: str | None = None
+    zero_for_none: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +116,11 @@ class SizeReport:
         """The kind with the largest error of a gradient."""
         known = [k for k in self.kinds if k.gradient_error is not None]
         return max(known, key=lambda k: k.gradient_error or 0.0, default=None)
+
+    @property
+    def zero_for_none(self) -> tuple[str, ...]:
+        """Over all kinds."""
+        return tuple(dict.fromkeys(name for kind in self.kinds for name in kind.zero_for_none))
 
     @property
     def first_difference(self) -> str | None:

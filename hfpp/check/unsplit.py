@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -160,21 +161,25 @@ def loss_of(output: Tensor, microbatch: Microbatch) -> Tensor:
 
 def _is_random(model: nn.Module, batch: Batch) -> bool:
     """Whether two runs under different seeds differ."""
-
-    def outputs(seed: int) -> Iterator[Tensor]:
-        torch.manual_seed(seed)
-        yield from run_unsplit(model, batch, gradients=False).outputs
-
-    with torch.random.fork_rng():
+    with own_randomness(model):
         torch.manual_seed(1)
         before = torch.random.get_rng_state()
         first = run_unsplit(model, batch, gradients=False).outputs
         if torch.equal(before, torch.random.get_rng_state()):
             return False
-        return any(
-            not torch.equal(a.nan_to_num(), b.nan_to_num())
-            for a, b in zip(first, outputs(2), strict=True)
-        )
+        torch.manual_seed(2)
+        second = run_unsplit(model, batch, gradients=False).outputs
+    return any(
+        not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True)
+    )
+
+
+@contextmanager
+def own_randomness(model: nn.Module) -> Iterator[None]:
+    """While open, random numbers are drawn from other generators than the caller's."""
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(sorted(devices)):
+        yield
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -27,7 +27,7 @@ LARGE = {
 @pytest.fixture(scope="module")
 def large() -> CheckReport:
     config = LlamaConfig(**LARGE, dtype=torch.bfloat16)
-    report = check_model(config, pp_sizes=(2, 3), tokens=33)
+    report = check_model(config, pp_sizes=(2, 3), tokens=133)
     assert config.num_hidden_layers == 12
     return report
 
@@ -36,13 +36,14 @@ def test_a_config_is_checked_small_and_described_large(large: CheckReport) -> No
     assert large.exact
     assert large.is_shrunk
     assert large.num_layers == 4
+    assert large.tokens == 32
     assert large.layout == "model"
     two, three = large.sizes
     assert [cut.layer for cut in two.cuts] == [6]
     assert [cut.layer for cut in three.cuts] == [4, 8]
     (crossing,) = two.cuts[0].crossings
-    assert (crossing.description, crossing.shape) == ("hidden state", (2, 33, 512))
-    assert (crossing.dtype, crossing.num_bytes) == ("bfloat16", 2 * 33 * 512 * 2)
+    assert (crossing.description, crossing.shape) == ("hidden state", (2, 133, 512))
+    assert (crossing.dtype, crossing.num_bytes) == ("bfloat16", 2 * 133 * 512 * 2)
     first, last = two.stages
     assert (first.first_layer, first.num_layers) == (0, 6)
     assert last.copies == ("lm_head.weight",)
@@ -62,7 +63,7 @@ def test_the_report_as_json_and_text(large: CheckReport) -> None:
     for part in (
         "LlamaForCausalLM: exact",
         "3 stages: exact",
-        "before layer 8 crosses: hidden state [2 x 33 x 512] bfloat16, 67.6 kB",
+        "before layer 8 crosses: hidden state [2 x 133 x 512] bfloat16, 272 kB",
         "lm_head.weight (a copy)",
         "batches: plain, right-padded, left-padded, packed, long",
     ):
@@ -154,6 +155,38 @@ def test_parameters_that_nobody_uses_are_owned_once() -> None:
     first, last = report.sizes[0].stages
     assert "spare.weight" in first.parameters
     assert "blocks.2.spare.weight" in last.parameters
+
+
+class Idle(nn.Module):
+    """Takes a second tensor that it does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor, idle: Tensor) -> Tensor:
+        return self.linear(x) + 0 * len(idle)
+
+
+class HandsOnToNobody(OneByOne):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Idle() for _ in range(4))
+        self.idle = nn.Linear(12, 12)
+
+    def forward(self, tokens: Tensor) -> Any:
+        x = self.embed(tokens)
+        idle = self.idle(x)
+        for block in self.blocks:
+            x = block(x, idle)
+        return self.head(x)
+
+
+def test_zeros_for_parameters_that_are_never_used_are_told() -> None:
+    report = check_model(HandsOnToNobody(), pp_sizes=(2,))
+    assert report.exact, str(report)
+    assert report.sizes[0].zero_for_none == ("idle.weight", "idle.bias")
+    assert "it uses them nowhere: idle.weight, idle.bias" in str(report)
 
 
 def test_only_logits_are_compared_where_asked() -> None:
