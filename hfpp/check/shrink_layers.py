@@ -30,7 +30,11 @@ _INDICES = re.compile(
     r"(_layers|_layer_ids|_idxs|_indexes|_indices)$"  # cross_attention_layers, hybrid_layer_ids, …
 )
 _FROM_ONE = re.compile(r"^(ple_layer_ids|kda_layers|full_attn_layers)$")
-_PREFIX = re.compile(r"^(first_k_dense_replace|num_dense_layers|max_window_layers)$")
+_FEATURES = re.compile(r"^deepstack|^intermediate_layers_indices$")  # each goes its own way
+_PREFIX = re.compile(
+    r"^(first_k_dense_replace|num_dense_layers|max_window_layers|moe_layer_start_index)$"
+)
+_LAST = re.compile(r"^moe_layer_end_index$")
 _SUFFIX = re.compile(r"^num_kv_shared_layers$")
 _PERIOD = re.compile(
     r"layer_period$|_every_n_layers$|sliding_window_pattern$|_interval$|_sparse_step$"
@@ -99,13 +103,16 @@ def _signatures(
         if _SOURCE.search(name) and _is_per_layer(value, total):
             marks.append([source == index for index, source in enumerate(value)])
         elif (indices := _indices(name, value, total)) is not None:
-            marks.append([index in indices for index in range(total)])
+            each = _FEATURES.search(name) is not None
+            marks.append([index in indices and (index if each else True) for index in range(total)])
         elif _is_per_layer(value, total):
-            # Numbers of their own for each layer are sizes, no kinds.
-            if len(set(map(repr, value))) <= 4:
+            # Many numbers are sizes of single layers, no kinds.
+            if len(set(map(repr, value))) <= 4 or isinstance(value[0], (str, bool)):
                 marks.append([repr(item) for item in value])
         elif _PREFIX.search(name) and isinstance(value, int):
             marks.append([index < value for index in range(total)])
+        elif _LAST.search(name) and isinstance(value, int):
+            marks.append([index <= value for index in range(total)])
         elif _SUFFIX.search(name) and isinstance(value, int):
             marks.append([index >= total - value for index in range(total)])
     return list(zip(*marks, strict=True))
@@ -161,6 +168,8 @@ def shrink_layer_attribute(name: str, value: Any, stack: KeptLayers) -> tuple[bo
             return True, min(value, 2)
         if _PREFIX.search(name):
             return True, sum(index < value for index in kept)
+        if _LAST.search(name):
+            return True, sum(index <= value for index in kept) - 1
         if _SUFFIX.search(name):
             return True, sum(index >= total - value for index in kept)
         if _PERIOD.search(name):
