@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 from hfpp.check.shrink_defaults import OPEN_DEFAULTS
@@ -12,6 +12,7 @@ from hfpp.check.shrink_layers import (
     KeptLayers,
     choose_layers,
     is_ints,
+    point_into_stacks,
     shrink_layer_attribute,
 )
 from hfpp.check.shrink_rope import name_sections, shrink_rope
@@ -39,7 +40,6 @@ _ENCODER_KEY = re.compile(
 )
 _NESTED_DICT = re.compile(r"_(config|cfg)$")
 _ROPE = frozenset({"rope_parameters", "rope_scaling"})
-_FEATURE_LAYER = re.compile(r"feature_layers?$|^spatial_vision_layer$")
 _ENCODER_LAYERS = 2
 
 
@@ -77,8 +77,10 @@ def shrink_config(config: Any, *, layers: int = 4) -> Any:
                 small_hidden(hidden, shared, text=text)
     stacks: dict[str, KeptLayers] = {}
     _shrink(small, "", shared, layers, outer=None, stacks=stacks)
+    encoder = next((stack for key, stack in stacks.items() if not _is_text(key)), None)
+    decoder = next((stack for key, stack in stacks.items() if _is_text(key)), None)
     for _, part in nested:
-        _point_into_stacks(_attributes(part), stacks)
+        point_into_stacks(_attributes(part), encoder, decoder)
     for _, part in nested:
         _validate(part, config)
     return small
@@ -270,32 +272,6 @@ def _small_value(name: str, value: Any, sizes: StackSizes, stack: KeptLayers | N
     if is_ints(value):
         return type(value)(sizes.small(role, item) for item in value)
     return value
-
-
-def _point_into_stacks(attributes: Attributes, stacks: Mapping[str, KeptLayers]) -> None:
-    """Let what names layers of another stack name layers that this one still has."""
-    encoder = next((stack for key, stack in stacks.items() if not _is_text(key)), None)
-    decoder = next((stack for key, stack in stacks.items() if _is_text(key)), None)
-    for name, value in attributes.items():
-        if encoder is not None and _FEATURE_LAYER.search(name):
-            if isinstance(value, int):
-                attributes[name] = _nearest(value, encoder)
-            elif is_ints(value):
-                attributes[name] = type(value)(_nearest(index, encoder) for index in value)
-        elif decoder is not None and name == "spatial_target_layers" and is_ints(value):
-            attributes[name] = type(value)(i % len(decoder.kept) for i in range(len(value)))
-        elif encoder is not None and decoder is not None and name == "deepstack_layer_map":
-            attributes[name] = value and [
-                (_nearest(index, encoder), place % len(decoder.kept))
-                for place, (index, _) in enumerate(value)
-            ]
-
-
-def _nearest(index: int, stack: KeptLayers) -> int:
-    """The place in the shrunk stack of an index (perhaps from the end) into the whole one."""
-    if index < 0:
-        return max(index, -len(stack.kept))
-    return min(index * len(stack.kept) // stack.total, len(stack.kept) - 1)
 
 
 def _validate(part: Any, config: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ _PREFIX = re.compile(
 )
 _LAST = re.compile(r"^moe_layer_end_index$")
 _SUFFIX = re.compile(r"^num_kv_shared_layers$")
+_FEATURE_LAYER = re.compile(r"feature_layers?$|^spatial_vision_layer$")
 _PERIOD = re.compile(
     r"layer_period$|_every_n_layers$|sliding_window_pattern$|_interval$|_sparse_step$"
     r"|layer_step$|_frequency$|^moe_layer_freq$|^layer_group_size$|^n_layers_per_attn_res_block$"
@@ -184,3 +185,29 @@ def shrink_layer_attribute(name: str, value: Any, stack: KeptLayers) -> tuple[bo
     if _is_per_layer(value, total):
         return False, type(value)(value[index] for index in kept)
     return False, value
+
+
+def point_into_stacks(
+    attributes: MutableMapping[str, Any], encoder: KeptLayers | None, decoder: KeptLayers | None
+) -> None:
+    """Let a composite config, in place, name layers of its stacks that these still have."""
+    for name, value in attributes.items():
+        if encoder is not None and _FEATURE_LAYER.search(name):
+            if isinstance(value, int):
+                attributes[name] = _nearest(value, encoder)
+            elif is_ints(value):
+                attributes[name] = type(value)(_nearest(index, encoder) for index in value)
+        elif decoder is not None and name == "spatial_target_layers" and is_ints(value):
+            attributes[name] = type(value)(i % len(decoder.kept) for i in range(len(value)))
+        elif encoder is not None and decoder is not None and name == "deepstack_layer_map":
+            attributes[name] = value and [
+                (_nearest(index, encoder), place % len(decoder.kept))
+                for place, (index, _) in enumerate(value)
+            ]
+
+
+def _nearest(index: int, stack: KeptLayers) -> int:
+    """The place in the shrunk stack of an index (perhaps from the end) into the whole one."""
+    if index < 0:
+        return max(index, -len(stack.kept))
+    return min(index * len(stack.kept) // stack.total, len(stack.kept) - 1)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from hfpp.check.shrink_sizes import ORIGINAL_POSITIONS, OTHER_HIDDEN, StackSizes
+from hfpp.check.shrink_sizes import ORIGINAL_POSITIONS, OTHER_HIDDEN, PATCH, StackSizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +108,24 @@ def _text_width(change: Change) -> None:
             new[name] = change.sizes.shared.widths.get(change.sizes.shared.text_hidden, new[name])
 
 
+def _tiled_images(change: Change) -> None:
+    """Images cut into tiles have sides that are multiples of a tile's."""
+    points = change.old.get("image_grid_pinpoints")
+    if points:
+        tile = min(side for point in points for side in point)
+        small = change.sizes.shared.grid[1] * PATCH
+        change.new["image_grid_pinpoints"] = [
+            type(point)(side // tile * small for side in point) for point in points
+        ]
+
+
+def _own_width(change: Change) -> None:
+    """A vision stack whose hidden size is the text's calls its own an embedding's."""
+    shared = change.sizes.shared
+    change.new["embed_dim"] = OTHER_HIDDEN
+    change.new["hidden_size"] = shared.widths[shared.text_hidden]
+
+
 def _conv_channels(change: Change) -> None:
     """Convolutional image tokenizers normalize groups of 32 channels."""
     old, new = change.old, change.new
@@ -155,6 +173,7 @@ _GENERAL: tuple[Rule, ...] = (
     _state_space,
     _indexer_budget,
     _rope_positions,
+    _tiled_images,
     _text_width,
 )
 _BY_MODEL_TYPE: Mapping[str, Rule] = {
@@ -166,6 +185,7 @@ _BY_MODEL_TYPE: Mapping[str, Rule] = {
     "muse_spark_audio": _pyramid,
     "musicgen_decoder": _codebooks,
     "musicgen_melody_decoder": _codebooks,
+    "qwen2_vl_vision": _own_width,
 }
 
 

@@ -232,3 +232,20 @@ def test_a_causal_lm_gets_its_part_of_a_composite_config():
     config = tiny_config(transformers.Qwen3_5Config, transformers.Qwen3_5ForCausalLM)
     assert isinstance(config, transformers.Qwen3_5ForCausalLM.config_class)
     assert set(config.layer_types) == {"linear_attention", "full_attention"}
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("Gemma3ForConditionalGeneration", 4),
+        ("LlavaForConditionalGeneration", 64),
+        ("PaliGemmaForConditionalGeneration", 64),
+    ],
+)
+def test_images_pass_through_a_tiny_encoder_to_the_text_width(name, tokens):
+    model_class, config = tiny(name)
+    vision = config.vision_config
+    assert vision.hidden_size != config.text_config.hidden_size
+    pixels = torch.randn(1, 3, vision.image_size, vision.image_size)
+    features = built(model_class, config).model.get_image_features(pixels).pooler_output
+    assert torch.cat(list(features)).shape == (tokens, config.text_config.hidden_size)
