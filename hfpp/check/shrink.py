@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
-from hfpp.check.shrink_defaults import MROPE_SECTIONS, OPEN_DEFAULTS
+from hfpp.check.shrink_defaults import OPEN_DEFAULTS
 from hfpp.check.shrink_layers import (
     KeptLayers,
     choose_layers,
     is_ints,
+    point_into_stacks,
     shrink_layer_attribute,
 )
+from hfpp.check.shrink_rope import name_sections, shrink_rope
 from hfpp.check.shrink_rules import Change, apply_rules
 from hfpp.check.shrink_sizes import (
     GRID,
     HIDDEN,
     PATCH,
-    POSITIONS,
     SharedSizes,
     StackSizes,
     find_heads,
@@ -39,7 +40,6 @@ _ENCODER_KEY = re.compile(
 )
 _NESTED_DICT = re.compile(r"_(config|cfg)$")
 _ROPE = frozenset({"rope_parameters", "rope_scaling"})
-_FEATURE_LAYER = re.compile(r"feature_layers?$|^spatial_vision_layer$")
 _ENCODER_LAYERS = 2
 
 
@@ -48,8 +48,9 @@ def shrink_config(config: Any, *, layers: int = 4) -> Any:
 
     Sizes shrink under whatever name they have, in nested configs too; sizes that were equal stay
     equal. What the model multiplies by, its activations, norms, ties and kinds of rope stay. Each
-    kind of layer occurs still, probabilities of dropping anything are 0, windows are 8 tokens long,
-    the vocabulary has 128 tokens with the special ones among the first 16 or at its end.
+    kind of layer occurs still, nothing is dropped at random, windows are 8 tokens long, and the
+    vocabulary has 128 tokens with the special ones among the first 16 or at its end. Weights are to
+    be initialized wider: their sums over fewer inputs then have the magnitudes they had.
 
     Args:
         config: A transformers config object.
@@ -66,7 +67,8 @@ def shrink_config(config: Any, *, layers: int = 4) -> Any:
     small = copy.deepcopy(config)
     nested = list(_nested(small))
     for _, part in nested:
-        _name_sections(part)
+        model_type = getattr(part, "model_type", "")
+        name_sections(model_type, _attributes(part).get("rope_parameters"))
     shared = _shared_sizes([_attributes(part) for _, part in nested])
     for text in (True, False):  # text stacks first: encoders take over their widths where equal
         for key, part in nested:
@@ -75,8 +77,10 @@ def shrink_config(config: Any, *, layers: int = 4) -> Any:
                 small_hidden(hidden, shared, text=text)
     stacks: dict[str, KeptLayers] = {}
     _shrink(small, "", shared, layers, outer=None, stacks=stacks)
+    encoder = next((stack for key, stack in stacks.items() if not _is_text(key)), None)
+    decoder = next((stack for key, stack in stacks.items() if _is_text(key)), None)
     for _, part in nested:
-        _point_into_stacks(_attributes(part), stacks)
+        point_into_stacks(_attributes(part), encoder, decoder)
     for _, part in nested:
         _validate(part, config)
     return small
@@ -124,17 +128,6 @@ def _defaults(config_class: Any) -> Any:
             if inner is not None:
                 setattr(config, name, type(value)(**copy.deepcopy(inner)))
     return config
-
-
-def _name_sections(part: Any) -> None:
-    """Put into a config the rotary sections that its model would assume."""
-    sections = MROPE_SECTIONS.get(getattr(part, "model_type", ""))
-    rope = _attributes(part).get("rope_parameters")
-    if sections is None or not isinstance(rope, dict):
-        return
-    for parameters in [rope] if "rope_type" in rope else rope.values():
-        if isinstance(parameters, dict):
-            parameters.setdefault("mrope_section", list(sections))
 
 
 def _attributes(part: Any) -> Attributes:
@@ -186,7 +179,7 @@ def _stack_sizes(
         return outer
     hidden = (old or 1, small_hidden(old, shared, text=_is_text(key)) if old else 1)
     heads = find_heads(part, hidden[1])
-    patch = first_int(part, ("patch_size",)) or 1
+    patch = _side(part.get("patch_size")) or 1
     return StackSizes(
         shared=shared,
         hidden=hidden,
@@ -197,9 +190,15 @@ def _stack_sizes(
     )
 
 
+def _side(size: Any) -> int | None:
+    """A square's side, given as such or as height and width; None where neither."""
+    side = size[0] if is_ints(size) else size
+    return side if isinstance(side, int) and side > 0 else None
+
+
 def _grid(part: Attributes) -> tuple[int, int] | None:
     """Patches along the side of an image, before and after; None without images."""
-    patch, image = first_int(part, ("patch_size",)), first_int(part, ("image_size",))
+    patch, image = _side(part.get("patch_size")), _side(part.get("image_size"))
     if patch is None or image is None:
         return None
     return max(1, image // patch), min(max(1, image // patch), GRID)
@@ -222,7 +221,10 @@ def _shrink(
 ) -> None:
     """Shrink a config and those inside it, in place; note in `stacks` what layers each keeps."""
     attributes = _attributes(part)
-    before = dict(attributes)
+    before = {
+        name: copy.deepcopy(value) if isinstance(value, dict) else value
+        for name, value in attributes.items()
+    }
     sizes = _stack_sizes(attributes, key, shared, outer and outer[0])
     wanted = layers if _is_text(key) else _ENCODER_LAYERS
     stack = choose_layers(attributes, wanted, _overrides(part))
@@ -236,7 +238,7 @@ def _shrink(
         if _is_config(name, value):
             _shrink(value, f"{key}/{name}", shared, layers, (sizes, stack), stacks)
         elif name in _ROPE and isinstance(value, dict):
-            _shrink_rope(value, sizes, attributes.get("partial_rotary_factor") or 1.0)
+            shrink_rope(value, sizes.head_dim, attributes.get("partial_rotary_factor") or 1.0)
         else:
             attributes[name] = _small_value(name, value, sizes, stack)
     model_type = getattr(part, "model_type", "")
@@ -263,67 +265,13 @@ def _small_value(name: str, value: Any, sizes: StackSizes, stack: KeptLayers | N
         return value
     if role == "probability":
         return type(value)(0) if isinstance(value, (int, float)) else value
+    if role == "spread":
+        return sizes.spread(value) if isinstance(value, (int, float)) else value
     if isinstance(value, int):
         return sizes.small(role, value)
     if is_ints(value):
         return type(value)(sizes.small(role, item) for item in value)
     return value
-
-
-def _shrink_rope(rope: dict[str, Any], sizes: StackSizes, factor: float) -> None:
-    """Shorten what rotary parameters list per dimension; their kind, base and factors stay."""
-    old, new = sizes.head_dim
-    for name, value in rope.items():
-        if isinstance(value, dict):
-            _shrink_rope(value, sizes, factor)
-        elif name == "original_max_position_embeddings" and isinstance(value, int):
-            rope[name] = min(value, POSITIONS // 2)
-        elif name == "mrope_section" and is_ints(value):
-            rotary = int(new * (rope.get("partial_rotary_factor") or factor))
-            rope[name] = _sections(value, max(len(value), rotary // 2))
-        elif name in ("short_factor", "long_factor") and isinstance(value, list):
-            rope[name] = value[: max(1, len(value) * new // old)]
-
-
-def _sections(sections: list[int], total: int) -> list[int]:
-    """Sections in about the same proportions that add up to `total`, none empty."""
-    small = [max(1, section * total // sum(sections)) for section in sections]
-    while sum(small) != total:
-        step = 1 if sum(small) < total else -1
-        # The section furthest from its share gives or takes, of equals the last.
-        gaps = [
-            step * (old * total / sum(sections) - new)
-            for old, new in zip(sections, small, strict=True)
-        ]
-        place = max(range(len(small)), key=lambda i: (gaps[i] if small[i] + step > 0 else -1e9, i))
-        small[place] += step
-    return small
-
-
-def _point_into_stacks(attributes: Attributes, stacks: Mapping[str, KeptLayers]) -> None:
-    """Let what names layers of another stack name layers that this one still has."""
-    encoder = next((stack for key, stack in stacks.items() if not _is_text(key)), None)
-    decoder = next((stack for key, stack in stacks.items() if _is_text(key)), None)
-    for name, value in attributes.items():
-        if encoder is not None and _FEATURE_LAYER.search(name):
-            if isinstance(value, int):
-                attributes[name] = _nearest(value, encoder)
-            elif is_ints(value):
-                attributes[name] = type(value)(_nearest(index, encoder) for index in value)
-        elif decoder is not None and name == "spatial_target_layers" and is_ints(value):
-            attributes[name] = type(value)(i % len(decoder.kept) for i in range(len(value)))
-        elif encoder is not None and decoder is not None and name == "deepstack_layer_map":
-            attributes[name] = value and [
-                (_nearest(index, encoder), place % len(decoder.kept))
-                for place, (index, _) in enumerate(value)
-            ]
-
-
-def _nearest(index: int, stack: KeptLayers) -> int:
-    """The place in the shrunk stack of an index (perhaps from the end) into the whole one."""
-    if index < 0:
-        return max(index, -len(stack.kept))
-    return min(index * len(stack.kept) // stack.total, len(stack.kept) - 1)
 
 
 def _validate(part: Any, config: Any) -> None:

@@ -10,7 +10,8 @@ def _pattern(*kinds: str, times: int) -> list[str]:
     return [*kinds] * times
 
 
-# Config classes whose defaults build no model, or build only one kind of layer of several.
+# Config classes whose defaults build no model, one kind of layer of several, or an encoder whose
+# images do not fit its sizes.
 OPEN_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "bamba": {"attn_layer_indices": [9, 18, 27]},
     "bloom": {"n_layer": 24},
@@ -42,6 +43,13 @@ OPEN_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "first_k_dense_replace": 1,
     },
     "emu3": {"vocabulary_map": {"<image>": 8, "<|visual token 000000|>": 9}},
+    "gemma3": {
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "image_size": 896,
+            "patch_size": 14,
+        }
+    },
     "granite4_vision": {
         "deepstack_layer_map": [(-19, 9), (-13, 6), (-7, 3), (-1, 0)],
         "downsample_rate": "4/8",
@@ -60,6 +68,7 @@ OPEN_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
             "mrope_section": [16, 16, 16, 16],
         },
     },
+    "idefics3": {"vision_config": {"image_size": 364, "patch_size": 14}},
     "lfm2": {"layer_types": _pattern("conv", "conv", "full_attention", "conv", times=8)},
     "lfm2_moe": {"layer_types": _pattern("conv", "conv", "full_attention", "conv", times=8)},
     "llama4_vision_model": {"hidden_size": 1408, "vision_output_dim": 4096},
@@ -80,6 +89,7 @@ OPEN_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         },
     },
     "reformer": {"is_decoder": True},
+    "smolvlm": {"vision_config": {"image_size": 512, "patch_size": 16}},
     "step3p5": {
         "layer_types": _pattern("full_attention", *["sliding_attention"] * 2, times=15),
         "sliding_window": 512,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,13 @@ _INDICES = re.compile(
     r"(_layers|_layer_ids|_idxs|_indexes|_indices)$"  # cross_attention_layers, hybrid_layer_ids, …
 )
 _FROM_ONE = re.compile(r"^(ple_layer_ids|kda_layers|full_attn_layers)$")
-_PREFIX = re.compile(r"^(first_k_dense_replace|num_dense_layers|max_window_layers)$")
+_FEATURES = re.compile(r"^deepstack|^intermediate_layers_indices$")  # each goes its own way
+_PREFIX = re.compile(
+    r"^(first_k_dense_replace|num_dense_layers|max_window_layers|moe_layer_start_index)$"
+)
+_LAST = re.compile(r"^moe_layer_end_index$")
 _SUFFIX = re.compile(r"^num_kv_shared_layers$")
+_FEATURE_LAYER = re.compile(r"feature_layers?$|^spatial_vision_layer$")
 _PERIOD = re.compile(
     r"layer_period$|_every_n_layers$|sliding_window_pattern$|_interval$|_sparse_step$"
     r"|layer_step$|_frequency$|^moe_layer_freq$|^layer_group_size$|^n_layers_per_attn_res_block$"
@@ -99,13 +104,16 @@ def _signatures(
         if _SOURCE.search(name) and _is_per_layer(value, total):
             marks.append([source == index for index, source in enumerate(value)])
         elif (indices := _indices(name, value, total)) is not None:
-            marks.append([index in indices for index in range(total)])
+            each = _FEATURES.search(name) is not None
+            marks.append([index in indices and (index if each else True) for index in range(total)])
         elif _is_per_layer(value, total):
-            # Numbers of their own for each layer are sizes, no kinds.
-            if len(set(map(repr, value))) <= 4:
+            # Many numbers are sizes of single layers, no kinds.
+            if len(set(map(repr, value))) <= 4 or isinstance(value[0], (str, bool)):
                 marks.append([repr(item) for item in value])
         elif _PREFIX.search(name) and isinstance(value, int):
             marks.append([index < value for index in range(total)])
+        elif _LAST.search(name) and isinstance(value, int):
+            marks.append([index <= value for index in range(total)])
         elif _SUFFIX.search(name) and isinstance(value, int):
             marks.append([index >= total - value for index in range(total)])
     return list(zip(*marks, strict=True))
@@ -161,6 +169,8 @@ def shrink_layer_attribute(name: str, value: Any, stack: KeptLayers) -> tuple[bo
             return True, min(value, 2)
         if _PREFIX.search(name):
             return True, sum(index < value for index in kept)
+        if _LAST.search(name):
+            return True, sum(index <= value for index in kept) - 1
         if _SUFFIX.search(name):
             return True, sum(index >= total - value for index in kept)
         if _PERIOD.search(name):
@@ -175,3 +185,29 @@ def shrink_layer_attribute(name: str, value: Any, stack: KeptLayers) -> tuple[bo
     if _is_per_layer(value, total):
         return False, type(value)(value[index] for index in kept)
     return False, value
+
+
+def point_into_stacks(
+    attributes: MutableMapping[str, Any], encoder: KeptLayers | None, decoder: KeptLayers | None
+) -> None:
+    """Let a composite config, in place, name layers of its stacks that these still have."""
+    for name, value in attributes.items():
+        if encoder is not None and _FEATURE_LAYER.search(name):
+            if isinstance(value, int):
+                attributes[name] = _nearest(value, encoder)
+            elif is_ints(value):
+                attributes[name] = type(value)(_nearest(index, encoder) for index in value)
+        elif decoder is not None and name == "spatial_target_layers" and is_ints(value):
+            attributes[name] = type(value)(i % len(decoder.kept) for i in range(len(value)))
+        elif encoder is not None and decoder is not None and name == "deepstack_layer_map":
+            attributes[name] = value and [
+                (_nearest(index, encoder), place % len(decoder.kept))
+                for place, (index, _) in enumerate(value)
+            ]
+
+
+def _nearest(index: int, stack: KeptLayers) -> int:
+    """The place in the shrunk stack of an index (perhaps from the end) into the whole one."""
+    if index < 0:
+        return max(index, -len(stack.kept))
+    return min(index * len(stack.kept) // stack.total, len(stack.kept) - 1)

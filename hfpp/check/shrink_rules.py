@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from hfpp.check.shrink_sizes import OTHER_HIDDEN, StackSizes
+from hfpp.check.shrink_sizes import ORIGINAL_POSITIONS, OTHER_HIDDEN, PATCH, StackSizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +82,21 @@ def _indexer_budget(change: Change) -> None:
         new["indexer_budget"] = 2 * new["indexer_compress_ratio"]
 
 
+def _rope_positions(change: Change) -> None:
+    """A context stretched from a shorter one stays stretched as far."""
+    new = change.new
+    rope = new.get("rope_parameters") or {}
+    parts = [new, rope, *(part for part in rope.values() if isinstance(part, dict))]
+    before = change.old.get("rope_parameters") or {}
+    olds = [change.old, before, *(part for part in before.values() if isinstance(part, dict))]
+    for part, old in zip(parts, olds, strict=True):
+        if _ints(old, _ORIGINAL) and _ints(change.old, "max_position_embeddings"):
+            part[_ORIGINAL] = ORIGINAL_POSITIONS
+            stretched = change.old["max_position_embeddings"] * ORIGINAL_POSITIONS
+            new["max_position_embeddings"] = stretched // old[_ORIGINAL]
+
+
+_ORIGINAL = "original_max_position_embeddings"
 _TEXT_WIDTH = re.compile(r"^(out_hidden_size|text_hidden_size|adapter_out_dim)$")
 
 
@@ -91,6 +106,24 @@ def _text_width(change: Change) -> None:
     for name in old:
         if _TEXT_WIDTH.search(name) and _ints(old, name):
             new[name] = change.sizes.shared.widths.get(change.sizes.shared.text_hidden, new[name])
+
+
+def _tiled_images(change: Change) -> None:
+    """Images cut into tiles have sides that are multiples of a tile's."""
+    points = change.old.get("image_grid_pinpoints")
+    if points:
+        tile = min(side for point in points for side in point)
+        small = change.sizes.shared.grid[1] * PATCH
+        change.new["image_grid_pinpoints"] = [
+            type(point)(side // tile * small for side in point) for point in points
+        ]
+
+
+def _own_width(change: Change) -> None:
+    """A vision stack whose hidden size is the text's calls its own an embedding's."""
+    shared = change.sizes.shared
+    change.new["embed_dim"] = OTHER_HIDDEN
+    change.new["hidden_size"] = shared.widths[shared.text_hidden]
 
 
 def _conv_channels(change: Change) -> None:
@@ -134,17 +167,13 @@ def _audio_convolution(change: Change) -> None:
     new["adapter_input_size"] = new.get("d_model", OTHER_HIDDEN)
 
 
-def _mllama_vision(change: Change) -> None:
-    """The output is the last layer's and those of some layers on the way."""
-    new = change.new
-    new["vision_output_dim"] = new["hidden_size"] * (1 + len(new["intermediate_layers_indices"]))
-
-
 _GENERAL: tuple[Rule, ...] = (
     _query_key_dim,
     _period_offset,
     _state_space,
     _indexer_budget,
+    _rope_positions,
+    _tiled_images,
     _text_width,
 )
 _BY_MODEL_TYPE: Mapping[str, Rule] = {
@@ -153,10 +182,10 @@ _BY_MODEL_TYPE: Mapping[str, Rule] = {
     "emu3_vqgan": _conv_channels,
     "florence_vision": _pyramid,
     "janus_vqgan": _conv_channels,
-    "mllama_vision_model": _mllama_vision,
     "muse_spark_audio": _pyramid,
     "musicgen_decoder": _codebooks,
     "musicgen_melody_decoder": _codebooks,
+    "qwen2_vl_vision": _own_width,
 }
 
 

@@ -13,6 +13,8 @@ OTHER_HIDDEN = 32  # encoders and the like: another width, so that mixing them u
 VOCAB = 128
 WINDOW = 8
 POSITIONS = 64
+_WIDEST = 0.25  # standard deviation of weights
+ORIGINAL_POSITIONS = 32  # of a context that rotary embeddings stretch
 PATCH = 4
 GRID = 8  # patches along the side of an image
 
@@ -33,6 +35,7 @@ _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
             r"window|^local_attention$|attention_chunk_size$|chunk_length$|chunk_size$"
             r"|^block_size$|floor_scale$|_n_floor$|^index_block_size$|^index_kpool$",
         ),
+        ("spread", r"initializer_range$|^(embed_)?init_std$"),
         ("kept", r"kernel|multiplier|factor|stride|ratio|_scale|^scale_|theta|_eps|_std$|range"),
         (
             "top_k",
@@ -92,7 +95,16 @@ def first_int(attributes: Mapping[str, Any], names: tuple[str, ...]) -> int | No
     return None
 
 
-HIDDEN = ("hidden_size", "d_model", "n_embd", "embed_dim", "emb_dim", "embedding_dim", "dim")
+HIDDEN = (
+    "hidden_size",
+    "d_model",
+    "n_embd",
+    "embed_dim",
+    "emb_dim",
+    "embedding_dim",
+    "dim",
+    "model_dim",
+)
 _HEADS = (
     "decoder_attention_heads",
     "num_decoder_attention_heads",
@@ -200,6 +212,15 @@ class StackSizes:
                 return self._width(value)
             case _:
                 return value
+
+    def spread(self, value: float) -> float:
+        """The standard deviation of small weights, which sum over fewer inputs.
+
+        Values in the model keep their magnitudes: with the large model's weights, attention scores
+        and expert outputs would be too small for a difference in them to be seen.
+        """
+        old, new = self.hidden
+        return max(value, min(value * math.sqrt(old / new), _WIDEST))
 
     def _heads(self, value: int) -> int:
         old, new = self.heads
