@@ -103,10 +103,11 @@ class Anatomy:
             self._slots[cut] = self._find_slots(cut)
         return self._slots[cut]
 
-    def outer_parameters(self, start: int, stop: int) -> set[str]:
-        """FQNs outside of the layer list that a stage of layers ``start`` to ``stop - 1`` uses.
+    def parameters_reached(self, start: int, stop: int) -> set[str]:
+        """FQNs that a stage of layers ``start`` to ``stop - 1`` uses, inside and outside of layers.
 
-        The first stage includes the model's way in, the last its way out.
+        The first stage includes the model's way in, the last its way out. A module that is
+        registered under several names shows with the first of them.
         """
         graph = self._trace.graph
         incoming = self._slots_before(start)
@@ -116,12 +117,14 @@ class Anatomy:
         else:
             outputs = [s.key[0] for s in self.slots(stop) if s.key not in known and s.key != IDS]
         stops = {slot.key[0] for slot in incoming if slot.key != IDS}
+        reached = graph.reach(outputs, stops)
+        return {graph.labels[node] for node in reached if graph.kinds[node] == "param"}
+
+    def outer_parameters(self, start: int, stop: int) -> set[str]:
+        """Those of ``parameters_reached`` that are outside of the layer list."""
         prefix = f"{self.layers_name}."
-        return {
-            graph.labels[node]
-            for node in graph.reach(outputs, stops)
-            if graph.kinds[node] == "param" and not graph.labels[node].startswith(prefix)
-        }
+        reached = self.parameters_reached(start, stop)
+        return {name for name in reached if not name.startswith(prefix)}
 
     def slot_metas(
         self, cut: int, batch: int, seq: int, dtype: torch.dtype | None

@@ -27,7 +27,8 @@ def module_names_of(ownership: Ownership, anatomy: Anatomy) -> list[list[str]]:
     shared = [rotary] if _find(anatomy.skeleton, rotary) is not None else []
     lists = []
     for span, outer in zip(ownership.layers, ownership.outer, strict=True):
-        kept = sorted(outer, key=rank.__getitem__)
+        # of a module that is registered several times, the first name
+        kept = sorted(outer.intersection(rank), key=rank.__getitem__)
         before = [_component(name, anatomy) for name in kept if rank[name] < first_layer]
         after = [_component(name, anatomy) for name in kept if rank[name] > first_layer]
         layers = [f"{prefix}{index}" for index in span]

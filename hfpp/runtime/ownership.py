@@ -70,24 +70,38 @@ def find_ownership(
         offsets: stage s has layers ``offsets[s]`` to ``offsets[s + 1] - 1``.
         listed: the stage on which the caller lists a parameter by FQN; None where nowhere.
     """
-    spans = list(itertools.pairwise(offsets))
-    outer = [set(anatomy.outer_parameters(start, stop)) for start, stop in spans]
     prefix = f"{anatomy.layers_name}."
-    names = [name for name, _ in anatomy.skeleton.named_parameters()]
+    layers = tuple(range(start, stop) for start, stop in itertools.pairwise(offsets))
+    stage_of_layer = {layer: stage for stage, span in enumerate(layers) for layer in span}
+    same = _names_of_modules(anatomy.skeleton)
+    outer: list[set[str]] = [set() for _ in layers]
+    for span, kept in zip(layers, outer, strict=True):
+        for name in anatomy.parameters_reached(span.start, span.stop):
+            kept.update(name for name in same[name] if not name.startswith(prefix))
+    for name, names in same.items():
+        if name.startswith(prefix):  # a layer's module that the model holds elsewhere, too
+            stage = stage_of_layer[int(name[len(prefix) :].split(".")[0])]
+            outer[stage].update(name for name in names if not name.startswith(prefix))
     everywhere = set().union(*outer)
-    for name in names:
+    for name, names in same.items():
         if not name.startswith(prefix) and name not in everywhere:
-            outer[listed(name) or 0].add(name)
-    layers = tuple(range(start, stop) for start, stop in spans)
-    holders: dict[str, list[int]] = {name: [] for name in names}
+            outer[listed(names[0]) or 0].add(name)
+    holders: dict[str, list[int]] = {name: [] for name in same}
     for stage, kept in enumerate(outer):
         for name in kept:
             holders[name].append(stage)
-    stage_of_layer = {layer: stage for stage, span in enumerate(layers) for layer in span}
-    for name in names:
+    for name in same:
         if name.startswith(prefix):
             holders[name].append(stage_of_layer[int(name[len(prefix) :].split(".")[0])])
     return Ownership(layers, tuple(map(frozenset, outer)), find_tied(model, holders))
+
+
+def _names_of_modules(skeleton: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Of every FQN all FQNs of the parameter: several where its module is registered so often."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in skeleton.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: tuple(same) for same in names.values() for name in same}
 
 
 def find_tied(model: nn.Module, holders: Mapping[str, Sequence[int]]) -> tuple[TiedParameter, ...]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hfpp.runtime.repeated_layers import separate_repeats
+
 _SMALL_BUFFER_ELEMENTS = 1 << 16
 
 
@@ -15,8 +17,9 @@ def meta_skeleton(model: nn.Module) -> nn.Module:
     """Copy ``model`` with every parameter on the meta device; the model is not touched.
 
     Small buffers keep their values on the CPU (models read them), large ones go to the meta device.
-    Tied parameters are separated, so that each name shows where it is used; a module registered
-    under two names stays one module. The copy is in eval mode: dropout is not part of the anatomy.
+    Tied parameters are separated, so that each name shows where it is used, and so are the places
+    of a list that hold the same module; a module registered under other two names stays one module.
+    The copy is in eval mode: dropout is not part of the anatomy.
     """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
@@ -30,6 +33,7 @@ def meta_skeleton(model: nn.Module) -> nn.Module:
         )
     with torch.no_grad():
         skeleton = copy.deepcopy(model, memo)
+    separate_repeats(skeleton)
     seen: set[int] = set()
     for module in skeleton.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):

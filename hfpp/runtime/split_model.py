@@ -29,6 +29,7 @@ from hfpp.runtime.module_names import (
 )
 from hfpp.runtime.ownership import Ownership, find_ownership, separate_copies
 from hfpp.runtime.prune import prune
+from hfpp.runtime.repeated_layers import separate_places
 from hfpp.runtime.stage_boundary import StageBoundary
 from hfpp.runtime.stage_module import make_stage
 
@@ -260,13 +261,21 @@ def _structural_copy(
     layers = model.get_submodule(anatomy.layers_name)
     bare = anatomy.skeleton.get_submodule(anatomy.layers_name)
     own = ownership.layers[index]
+    hollow = {
+        key: hollow_layer(bare_layer)
+        for number, (key, bare_layer) in enumerate(_present(bare).items())
+        if number not in own
+    }
+    originals = _present(layers)
+    kept_layers = {id(layer) for key, layer in originals.items() if key not in hollow}
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    for number, (layer, bare_layer) in enumerate(
-        zip(layers.children(), bare.children(), strict=True)
-    ):
-        if number not in own:
-            memo[id(layer)] = hollow_layer(bare_layer)
+    for key, stand_in in hollow.items():
+        if id(originals[key]) not in kept_layers:
+            memo[id(originals[key])] = stand_in
     stage = copy.deepcopy(model, memo)
+    places = stage.get_submodule(anatomy.layers_name)
+    places._modules.update(hollow)
+    separate_places(places, model, layers, memo)
     kept, prefix = ownership.outer[index], anatomy.layers_name
     for name, module in list(stage.named_modules()):
         if name == prefix or name.startswith(f"{prefix}."):
@@ -279,6 +288,10 @@ def _structural_copy(
         if dropped:
             hollow_parameters(module, dropped)
     return stage
+
+
+def _present(layers: nn.Module) -> dict[str, nn.Module]:
+    return {key: layer for key, layer in layers._modules.items() if layer is not None}
 
 
 def _whole_model(model: nn.Module, group: dist.ProcessGroup | None) -> nn.Module:

@@ -144,7 +144,7 @@ def place_of(part: nn.Module, name: str) -> Place:
 
     Modules inside may be wrapped too: what wraps one is looked through by what its names lack.
     """
-    for module_name, module in unwrapped(part).named_modules():
+    for module_name, module in unwrapped(part).named_modules(remove_duplicate=False):
         for own_name in module._parameters:
             full = f"{module_name}.{own_name}" if module_name else own_name
             if full == name or _without_wrappers(full) == name:
