@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from hfpp.runtime.shared_memory import refuse_shared_memory
+
 if TYPE_CHECKING:
     from hfpp.runtime.anatomy import Anatomy
 
@@ -105,7 +107,12 @@ def _names_of_modules(skeleton: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def find_tied(model: nn.Module, holders: Mapping[str, Sequence[int]]) -> tuple[TiedParameter, ...]:
-    """The tensors of ``model`` that several stages hold, from the holders of every FQN."""
+    """The tensors of ``model`` that several stages hold, from the holders of every FQN.
+
+    Raises:
+        PipelineConfigError: for two parameters over the same memory on different stages.
+    """
+    refuse_shared_memory(model, holders)
     same: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in holders:

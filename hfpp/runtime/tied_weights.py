@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class _Tie:
     name: str  # the owner's
-    stages: tuple[int, ...]  # all holders, the owner first
+    names: tuple[tuple[int, tuple[str, ...]], ...]  # by stage, the owner first
     ranks: tuple[int, ...]  # theirs, of the pipeline's group
     places: tuple[Place, ...]  # this rank's, one per stage
 
@@ -33,6 +34,9 @@ class TiedGradients:
     The holders send their gradients to the owner's rank, which adds them up and sends the sum back:
     all copies get the same bits. One step's gradients are summed before they are added to what
     earlier steps accumulated: a sum over everything would count earlier steps once per holder.
+
+    Before every step the holders compare their copies, as equal gradients keep them equal only in
+    optimizers that treat them alike: with the same learning rate, weight decay and state.
 
     Args:
         stages: this rank's stages, after any wrapping. Every rank must come here: holders agree on
@@ -50,9 +54,7 @@ class TiedGradients:
         self._group = stages[0].group
         self._rank = stages[0].group_rank
         self._device = stages[0].device
-        self._checked = False
         self._ties: list[_Tie] = []
-        self._frozen: list[_Tie] = []
         for parameter in tied:
             places = tuple(
                 place_of(local[stage].submod, names[0])
@@ -62,94 +64,81 @@ class TiedGradients:
             if places:
                 ranks = tuple(dict.fromkeys(rank_of[stage] for stage in parameter.stages))
                 name = parameter.names[0][1][0]
-                self._ties.append(_Tie(name, parameter.stages, ranks, places))
-        self._set_frozen_aside()
+                self._ties.append(_Tie(name, parameter.names, ranks, places))
+        self._check(with_contents=False)
 
     def __bool__(self) -> bool:
-        return bool(self._ties or self._frozen)
-
-    def _set_frozen_aside(self) -> None:
-        """Leave out what no holder trains; all holders count the same."""
-        mine = [
-            torch.tensor([sum(p.parameter.requires_grad for p in tie.places)], device=self._device)
-            for tie in self._ties
-        ]
-        ties = list(zip(self._ties, self._sum_over_ranks(mine), strict=True))
-        for tie, trained in ties:
-            if 0 < int(trained) < len(tie.stages):
-                raise PipelineConfigError(
-                    f"{tie.name} is one tensor of the model that stages {list(tie.stages)} hold, "
-                    f"but only {int(trained)} of them train it (requires_grad), and the copies "
-                    f"would drift apart: freeze it on all of them or on none."
-                )
-        self._ties = [tie for tie, trained in ties if int(trained)]
-        self._frozen = [tie for tie, trained in ties if not int(trained)]
+        return bool(self._ties)
 
     @contextmanager
     def around_step(self) -> Iterator[None]:
-        """Around one step of the schedule: afterwards every holder has the summed gradient."""
-        for tie, trained in [(t, False) for t in self._frozen] + [(t, True) for t in self._ties]:
-            if any(place.parameter.requires_grad != trained for place in tie.places):
-                raise PipelineConfigError(
-                    f"{tie.name}, which stages {list(tie.stages)} hold, was "
-                    f"{'trained' if trained else 'frozen'} when the pipeline was made and is not "
-                    f"any more, so its copies would drift apart: set requires_grad before "
-                    f"pipeline_model."
-                )
-        self._check_copies_once()
-        earlier = [[place.parameter.grad for place in tie.places] for tie in self._ties]
-        for tie in self._ties:
+        """Around one step of the schedule: afterwards every holder has the summed gradient.
+
+        Raises:
+            PipelineConfigError: on every holder, if copies of a tensor differ; before the step.
+        """
+        self._check(with_contents=True)
+        ties = [tie for tie in self._ties if tie.places[0].parameter.requires_grad]
+        # copies, as gradients in a bucket of DistributedDataParallel are overwritten in place
+        earlier = [[_copied(place.parameter.grad) for place in tie.places] for tie in ties]
+        for tie in ties:
             for place in tie.places:
                 place.parameter.grad = None
         try:
             yield
+            totals = [_sum_of_own(tie, self._device) for tie in ties]
+            self._sum_over_ranks([tie.ranks for tie in ties], totals)
         except BaseException:
-            for tie, before in zip(self._ties, earlier, strict=True):
+            for tie, before in zip(ties, earlier, strict=True):
                 for place, old in zip(tie.places, before, strict=True):
                     place.parameter.grad = old
             raise
-        totals = self._sum_over_ranks([_fresh_gradient(tie) for tie in self._ties])
-        for tie, total, before in zip(self._ties, totals, earlier, strict=True):
+        for tie, total, before in zip(ties, totals, earlier, strict=True):
             for place, old in zip(tie.places, before, strict=True):
                 _store(place.parameter, total, old)
 
-    def _check_copies_once(self) -> None:
-        """Before the first step, when weights are loaded: all copies hold the same bits."""
-        if self._checked:
-            return
-        self._checked = True
-        mine = [_checksum(tie.places[0].parameter) for tie in self._ties]
-        sums = [value * len(tie.places) for tie, value in zip(self._ties, mine, strict=True)]
-        for tie, value, total in zip(self._ties, mine, self._sum_over_ranks(sums), strict=True):
-            alike = {int(_checksum(place.parameter)) for place in tie.places} == {int(value)}
-            if not alike or not torch.equal(total, value * len(tie.stages)):
-                raise PipelineConfigError(
-                    f"{tie.name} is one tensor of the model, but its copies on stages "
-                    f"{list(tie.stages)} differ: initialise every rank's model with the same seed, "
-                    f"or load the same weights into all of them."
-                )
+    def _check(self, *, with_contents: bool) -> None:
+        """Compare all copies of every tensor; all holders find the same."""
+        mine = [
+            torch.stack([_facts(p.parameter, with_contents).to(self._device) for p in tie.places])
+            for tie in self._ties
+        ]
+        totals = self._stacked_sums([facts.sum(0) for facts in mine])
+        for tie, facts, total in zip(self._ties, mine, totals, strict=True):
+            alike = (facts * len(tie.names) == total).all(0).tolist()
+            if not all(alike):
+                raise _differ(tie, alike, int(total[0]))
 
-    def _sum_over_ranks(self, values: list[Tensor]) -> list[Tensor]:
-        """The sums of ``values``, one per tie, over each tie's ranks."""
+    def _stacked_sums(self, values: list[Tensor]) -> list[Tensor]:
+        """The sums of small tensors, one per tie: one message for all ties of the same ranks."""
+        together: dict[tuple[int, ...], list[int]] = {}
+        for index, tie in enumerate(self._ties):
+            together.setdefault(tie.ranks, []).append(index)
+        stacks = [torch.stack([values[i] for i in indices]) for indices in together.values()]
+        self._sum_over_ranks(list(together), stacks)
+        sums = dict(zip(itertools.chain(*together.values()), itertools.chain(*stacks), strict=True))
+        return [sums[index] for index in range(len(values))]
+
+    def _sum_over_ranks(self, ranks: list[tuple[int, ...]], values: list[Tensor]) -> None:
+        """Make of every value, in place, its sum over its ranks; the same bits on all of them."""
         received: list[list[Tensor]] = []
         ops: list[dist.P2POp] = []
-        for tie, value in zip(self._ties, values, strict=True):
-            others = tie.ranks[1:] if self._rank == tie.ranks[0] else ()
+        for holders, value in zip(ranks, values, strict=True):
+            others = holders[1:] if self._rank == holders[0] else ()
             received.append([torch.empty_like(value) for _ in others])
             ops += [self._op(dist.irecv, t, r) for t, r in zip(received[-1], others, strict=True)]
-            if self._rank in tie.ranks[1:]:
-                ops.append(self._op(dist.isend, value, tie.ranks[0]))
+            if self._rank in holders[1:]:
+                ops.append(self._op(dist.isend, value, holders[0]))
         _run(ops)
         ops = []
-        for tie, value, parts in zip(self._ties, values, received, strict=True):
+        for holders, value, parts in zip(ranks, values, received, strict=True):
             for part in parts:
                 value += part
-            if self._rank == tie.ranks[0]:
-                ops += [self._op(dist.isend, value, rank) for rank in tie.ranks[1:]]
+            if self._rank == holders[0]:
+                ops += [self._op(dist.isend, value, rank) for rank in holders[1:]]
             else:
-                ops.append(self._op(dist.irecv, value, tie.ranks[0]))
+                ops.append(self._op(dist.irecv, value, holders[0]))
         _run(ops)
-        return values
 
     def _op(self, kind: object, tensor: Tensor, rank: int) -> dist.P2POp:
         group = self._group or dist.group.WORLD
@@ -161,30 +150,74 @@ def _run(ops: list[dist.P2POp]) -> None:
         work.wait()
 
 
-def _checksum(parameter: nn.Parameter) -> Tensor:
-    """A number of the tensor's bits, int64 [1], that does not depend on the order of adding."""
-    values = _local(parameter.detach()).contiguous()
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return values.view(integers[values.element_size()]).sum(dtype=torch.int64).reshape(1)
+def _facts(parameter: nn.Parameter, with_contents: bool) -> Tensor:
+    """What copies have in common: int64 [3], or [4] with the contents.
+
+    Whether it is trained; elements and bytes on this rank; a number of the tensor's bits that does
+    not depend on the order of adding.
+    """
+    local = _local(parameter.detach())
+    layout = torch.tensor([int(parameter.requires_grad), local.numel(), local.nbytes])
+    if not with_contents:
+        return layout
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = local.contiguous().view(integers.get(local.element_size(), torch.uint8))
+    return torch.cat([layout.to(bits.device), bits.sum(dtype=torch.int64).reshape(1)])
 
 
-def _fresh_gradient(tie: _Tie) -> Tensor:
-    parameters = [place.parameter for place in tie.places]
-    total = torch.zeros_like(_local(parameters[0].detach()), memory_format=torch.contiguous_format)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            total += _local(parameter.grad)
+def _differ(tie: _Tie, alike: list[bool], trained: int) -> PipelineConfigError:
+    """The error for copies whose ``_facts`` are not all ``alike``."""
+    copies = ", ".join(f"{names[0]} of stage {stage}" for stage, names in tie.names)
+    if not alike[0]:
+        problem = (
+            f"only {trained} of {len(tie.names)} are trained (requires_grad), and they would drift "
+            f"apart: freeze all of them or none"
+        )
+    elif not all(alike[1:3]):
+        problem = (
+            "they are sharded or cast differently: shard them over the same ranks and give them "
+            "the same dtype"
+        )
+    else:
+        problem = (
+            "their values differ: initialise every rank's model with the same seed, load the same "
+            "weights into all of them, and give them the same optimizer settings (learning rate, "
+            "weight decay)"
+        )
+    return PipelineConfigError(
+        f"{tie.name} is one tensor of the model, with a copy on every stage that uses it "
+        f"({copies}), but {problem}."
+    )
+
+
+def _sum_of_own(tie: _Tie, device: torch.device) -> Tensor:
+    """What this rank's stages add: their gradients, flat, and at the end how many there are."""
+    shape = _local(tie.places[0].parameter.detach())
+    total = torch.zeros(shape.numel() + 1, dtype=shape.dtype, device=device)
+    for place in tie.places:
+        gradient = place.parameter.grad
+        if gradient is not None:
+            total[:-1].view(shape.shape).add_(_local(gradient).to(device))
+            total[-1] += 1
     return total
+
+
+def _copied(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient.clone()
 
 
 @torch.no_grad()
 def _store(parameter: nn.Parameter, total: Tensor, earlier: Tensor | None) -> None:
-    if not parameter.requires_grad:
-        return
+    """The step's sum and what was there before; None where no holder has a gradient."""
     if parameter.grad is None:
+        if not bool(total[-1]):
+            parameter.grad = earlier
+            return
         parameter.grad = torch.zeros_like(parameter)
+    elif parameter.grad.is_sparse:
+        parameter.grad = parameter.grad.to_dense()
     gradient = _local(parameter.grad)
-    gradient.copy_(total)
+    gradient.copy_(total[:-1].view(gradient.shape))
     if earlier is not None:
         gradient.add_(_local(earlier))
 
