@@ -122,15 +122,26 @@ def _holders(model: nn.Module, names: list[list[str]], argument: str) -> dict[st
 
 def _pruned(model: nn.Module, kept: set[str]) -> nn.Module:
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    ancestors = {name[:end] for name in kept for end in _dots(name)}
-    for name, module in model.named_modules():
+    ancestors = {name[:end] for name in kept for end in _dots(name)} | {""}
+    stays: set[int] = set()
+    partly: list[str] = []  # holds kept modules and others
+    for name, module in model.named_modules(remove_duplicate=False):
         inside = any(name == k or name.startswith(f"{k}.") for k in kept)
-        if name and not inside and name not in ancestors:
-            memo[id(module)] = None
+        if inside or name in ancestors:
+            stays.add(id(module))
+        if name in ancestors and not inside:
+            partly.append(name)
+    memo.update({id(module): None for module in model.modules() if id(module) not in stays})
     stage = copy.deepcopy(model, memo)
-    for name, module in list(stage.named_modules()):
-        if isinstance(module, nn.ModuleList) and any(child is None for child in module):
-            present = {key: child for key, child in module._modules.items() if child is not None}
+    holders = {name: stage.get_submodule(name) for name in partly}
+    for name, holder in holders.items():
+        for key, child in holder._modules.items():
+            full = f"{name}.{key}" if name else key
+            if full not in kept and not any(child is other for other in holders.values()):
+                holder._modules[key] = None  # also where it stays under another name
+    for name, holder in holders.items():
+        if isinstance(holder, nn.ModuleList) and None in holder._modules.values():
+            present = {key: child for key, child in holder._modules.items() if child is not None}
             parent, _, own_name = name.rpartition(".")
             setattr(stage.get_submodule(parent), own_name, nn.ModuleDict(present))
     return stage
