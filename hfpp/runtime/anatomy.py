@@ -19,6 +19,8 @@ from hfpp.runtime.trace import Call, Trace, Value, run_hollow
 IDS = "input ids"
 """Key of the slot that carries the token ids themselves."""
 
+_ONCE_PER_CALL = "as nn.ModuleList([layer] * calls) does with one set of weights"
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
@@ -349,9 +351,14 @@ def _find_layers(name: str, skeleton: nn.Module, trace: Trace) -> str:
     lists = [n for n, indices in counts.items() if len(set(indices)) >= 2]
     outermost = [n for n in lists if not any(n.startswith(f"{o}.") for o in lists if o != n)]
     if not outermost:
+        again = next((n for n, indices in counts.items() if len(indices) > 1), None)
+        remedy = ""
+        if again is not None:
+            layer = f"{again}.{counts[again][0]}"
+            remedy = f" Register {layer}, which it calls again, once per call, {_ONCE_PER_CALL}."
         raise PipelineConfigError(
             f"{name} cannot be split: no nn.ModuleList or nn.Sequential of two or more layers is "
-            f"called with a hidden state that it returns in the same shape."
+            f"called with a hidden state that it returns in the same shape.{remedy}"
         )
 
     def size(list_name: str) -> int:
@@ -362,7 +369,8 @@ def _find_layers(name: str, skeleton: nn.Module, trace: Trace) -> str:
     if sorted(set(indices)) != indices:
         raise PipelineConfigError(
             f"{name} cannot be split: its forward calls the layers of {best!r} in the order "
-            f"{_shortened(indices)}; a stage needs each layer once, in order."
+            f"{_shortened(indices)}; a stage needs each layer once, in order. Register a layer "
+            f"that is called again once per call, {_ONCE_PER_CALL}, in the order of the calls."
         )
     return best
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hfpp.errors import PipelineConfigError
-from hfpp.runtime.stage_boundary import boundary_of, place_of
+from hfpp.runtime.stage_boundary import boundary_of, places_of
 
 __all__ = ["clip_grad_norm_", "scale_grads_by_divisor"]
 
@@ -144,7 +144,8 @@ def _scope(
             boundary = boundary_of(item)
             copies: set[int] = set()
             if boundary is not None:
-                copies = {id(place_of(item, name).parameter) for name in boundary.tied_names}
+                places = places_of(item) if boundary.tied_names else {}
+                copies = {id(places[name].parameter) for name in boundary.tied_names}
                 if boundary.pp_group is not None and pp_group is None:
                     groups.append(boundary.pp_group)
             for parameter in item.parameters():

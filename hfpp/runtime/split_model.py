@@ -32,6 +32,7 @@ from hfpp.runtime.prune import prune
 from hfpp.runtime.repeated_layers import separate_places
 from hfpp.runtime.stage_boundary import StageBoundary
 from hfpp.runtime.stage_module import make_stage
+from hfpp.runtime.stage_ties import keep_ties
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -234,6 +235,7 @@ def build_stages(
     for index in stage_ids:
         stage = _structural_copy(model, anatomy, ownership, index)
         separate_copies(stage, ownership.tied, index, held)
+        keep_ties(stage)
         boundary = StageBoundary(
             stage_index=index,
             num_stages=len(ownership.layers),

@@ -139,24 +139,25 @@ class Place(NamedTuple):
         return parameter
 
 
-def place_of(part: nn.Module, name: str) -> Place:
-    """Where ``part``, a stage in whatever wraps it, registers the parameter of FQN ``name``.
+def places_of(part: nn.Module) -> dict[str, Place]:
+    """Where ``part``, a stage in whatever wraps it, registers its parameters, by FQN.
 
     Modules inside may be wrapped too: what wraps one is looked through by what its names lack.
     """
+    places = {}
     for module_name, module in unwrapped(part).named_modules(remove_duplicate=False):
         for own_name in module._parameters:
             full = f"{module_name}.{own_name}" if module_name else own_name
-            if full == name or _without_wrappers(full) == name:
-                return Place(module, own_name)
-    raise KeyError(name)
+            places[_without_wrappers(full)] = Place(module, own_name)
+    return places
+
+
+_WRAPPERS = frozenset(("_checkpoint_wrapped_module", "_orig_mod", "base_layer"))
 
 
 def _without_wrappers(name: str) -> str:
-    """The FQN without the steps of checkpoint_wrapper and torch.compile."""
-    return ".".join(
-        s for s in name.split(".") if s not in ("_checkpoint_wrapped_module", "_orig_mod")
-    )
+    """The FQN without the steps of checkpoint_wrapper, torch.compile and adapters."""
+    return ".".join(step for step in name.split(".") if step not in _WRAPPERS)
 
 
 def own_layers(part: nn.Module) -> list[nn.Module]:

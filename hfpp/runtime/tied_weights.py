@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hfpp.errors import PipelineConfigError
-from hfpp.runtime.stage_boundary import Place, boundary_of, place_of
+from hfpp.runtime.stage_boundary import Place, boundary_of, places_of
 
 if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Tie:
-    name: str  # the owner's
     names: tuple[tuple[int, tuple[str, ...]], ...]  # by stage, the owner first
     ranks: tuple[int, ...]  # theirs, of the pipeline's group
     places: tuple[Place, ...]  # this rank's, one per stage
+    apart: bool  # whether one of this rank's stages has it as several parameters
 
 
 class TiedGradients:
@@ -48,23 +48,28 @@ class TiedGradients:
 
     def __init__(self, stages: Sequence[PipelineStage]) -> None:
         boundaries = [(stage, boundary_of(stage.submod)) for stage in stages]
-        local = {b.stage_index: stage for stage, b in boundaries if b is not None}
         tied = next((b.tied for _, b in boundaries if b is not None), ())
+        local = {
+            b.stage_index: places_of(stage.submod)
+            for stage, b in boundaries
+            if b is not None and tied
+        }
         rank_of = stages[0].stage_index_to_group_rank
         self._group = stages[0].group
         self._rank = stages[0].group_rank
         self._device = stages[0].device
         self._ties: list[_Tie] = []
         for parameter in tied:
-            places = tuple(
-                place_of(local[stage].submod, names[0])
+            held = [
+                [_found(local[stage], name, stage) for name in names]
                 for stage, names in parameter.names
                 if stage in local
-            )
-            if places:
+            ]
+            if held:
                 ranks = tuple(dict.fromkeys(rank_of[stage] for stage in parameter.stages))
-                name = parameter.names[0][1][0]
-                self._ties.append(_Tie(name, parameter.names, ranks, places))
+                places = tuple(same[0] for same in held)
+                apart = any(p.parameter is not same[0].parameter for same in held for p in same)
+                self._ties.append(_Tie(parameter.names, ranks, places, apart))
         self._check(with_contents=False)
 
     def __bool__(self) -> bool:
@@ -100,14 +105,17 @@ class TiedGradients:
     def _check(self, *, with_contents: bool) -> None:
         """Compare all copies of every tensor; all holders find the same."""
         mine = [
-            torch.stack([_facts(p.parameter, with_contents).to(self._device) for p in tie.places])
+            torch.stack(
+                [_facts(tie, place, with_contents).to(self._device) for place in tie.places]
+            )
             for tie in self._ties
         ]
         totals = self._stacked_sums([facts.sum(0) for facts in mine])
         for tie, facts, total in zip(self._ties, mine, totals, strict=True):
             alike = (facts * len(tie.names) == total).all(0).tolist()
-            if not all(alike):
-                raise _differ(tie, alike, int(total[0]))
+            apart, trained = total[:2].tolist()
+            if apart or not all(alike):
+                raise _differ(tie, alike, apart=apart, trained=trained)
 
     def _stacked_sums(self, values: list[Tensor]) -> list[Tensor]:
         """The sums of small tensors, one per tie: one message for all ties of the same ranks."""
@@ -145,19 +153,29 @@ class TiedGradients:
         return dist.P2POp(kind, tensor, dist.get_global_rank(group, rank), group)  # type: ignore[arg-type]
 
 
+def _found(places: dict[str, Place], name: str, stage: int) -> Place:
+    if name not in places:
+        raise PipelineConfigError(
+            f"{name}, a tensor that several stages hold, is not on stage {stage} any more: let "
+            f"parallelize_fn keep the parameters' names, or untie the tensor before the split."
+        )
+    return places[name]
+
+
 def _run(ops: list[dist.P2POp]) -> None:
     for work in dist.batch_isend_irecv(ops) if ops else ():
         work.wait()
 
 
-def _facts(parameter: nn.Parameter, with_contents: bool) -> Tensor:
-    """What copies have in common: int64 [3], or [4] with the contents.
+def _facts(tie: _Tie, place: Place, with_contents: bool) -> Tensor:
+    """What copies have in common: int64 [4], or [5] with the contents.
 
-    Whether it is trained; elements and bytes on this rank; a number of the tensor's bits that does
-    not depend on the order of adding.
+    Whether a stage has it as several parameters; whether it is trained; elements and bytes on this
+    rank; a number of the tensor's bits that does not depend on the order of adding.
     """
-    local = _local(parameter.detach())
-    layout = torch.tensor([int(parameter.requires_grad), local.numel(), local.nbytes])
+    local = _local(place.parameter.detach())
+    trained = place.parameter.requires_grad
+    layout = torch.tensor([int(tie.apart), int(trained), local.numel(), local.nbytes])
     if not with_contents:
         return layout
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -165,15 +183,20 @@ def _facts(parameter: nn.Parameter, with_contents: bool) -> Tensor:
     return torch.cat([layout.to(bits.device), bits.sum(dtype=torch.int64).reshape(1)])
 
 
-def _differ(tie: _Tie, alike: list[bool], trained: int) -> PipelineConfigError:
+def _differ(tie: _Tie, alike: list[bool], *, apart: int, trained: int) -> PipelineConfigError:
     """The error for copies whose ``_facts`` are not all ``alike``."""
-    copies = ", ".join(f"{names[0]} of stage {stage}" for stage, names in tie.names)
-    if not alike[0]:
+    copies = ", ".join(f"{' = '.join(names)} of stage {stage}" for stage, names in tie.names)
+    if apart:
+        problem = (
+            "what is one tensor on a stage became several: shard the modules of these names as one "
+            "group, fully_shard([module, other]), and after to_empty tie them again"
+        )
+    elif not alike[1]:
         problem = (
             f"only {trained} of {len(tie.names)} are trained (requires_grad), and they would drift "
             f"apart: freeze all of them or none"
         )
-    elif not all(alike[1:3]):
+    elif not all(alike[2:4]):
         problem = (
             "they are sharded or cast differently: shard them over the same ranks and give them "
             "the same dtype"
@@ -185,7 +208,7 @@ def _differ(tie: _Tie, alike: list[bool], trained: int) -> PipelineConfigError:
             "weight decay)"
         )
     return PipelineConfigError(
-        f"{tie.name} is one tensor of the model, with a copy on every stage that uses it "
+        f"{tie.names[0][1][0]} is one tensor of the model, with a copy on every stage that uses it "
         f"({copies}), but {problem}."
     )
 

@@ -431,10 +431,14 @@ def run_hollow(
     open_calls: list[int] = []
     handles = []
     children: dict[int, list[tuple[str, int, torch.nn.Module]]] = collections.defaultdict(list)
-    for name, module in skeleton.named_modules():
-        if isinstance(module, torch.nn.ModuleList | torch.nn.Sequential) and len(module) > 1:
-            for index, child in enumerate(module):
-                children[id(child)].append((name, index, child))
+    lists = [
+        (name, module)
+        for name, module in skeleton.named_modules()
+        if isinstance(module, torch.nn.ModuleList | torch.nn.Sequential)
+    ]
+    for name, module in sorted(lists, key=lambda named: len(named[1]) < 2):  # real lists first
+        for index, child in enumerate(module):
+            children[id(child)].append((name, index, child))
 
     def before(list_name: str, index: int) -> Any:
         def hook(_module: Any, args: Any, kwargs: Any) -> None:
