@@ -59,7 +59,8 @@ def unsplit_gradients(
     model.zero_grad(set_to_none=True)
     for ids in steps:
         for rows in ids.chunk(MICROBATCHES * replicas):
-            (loss(model(rows).logits, rows) / replicas).backward()
+            output = model(rows)
+            (loss(getattr(output, "logits", output), rows) / replicas).backward()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found = {n: None if p.grad is None else p.grad.clone() for n, p in parameters.items()}
     model.zero_grad(set_to_none=True)
@@ -120,7 +121,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def wrong_gradients(parts: Iterable[nn.Module], expected: Mapping[str, Tensor | None]) -> list[str]:
+def wrong_gradients(
+    parts: Iterable[nn.Module],
+    expected: Mapping[str, Tensor | None],
+    tolerance: float = TOLERANCE,
+) -> list[str]:
     """Every parameter whose gradient is not what the unsplit model has, and by how much."""
     wrong = []
     for part in parts:
@@ -131,6 +136,6 @@ def wrong_gradients(parts: Iterable[nn.Module], expected: Mapping[str, Tensor | 
                 wrong.append(f"{name}: {'has a' if want is None else 'lost its'} gradient")
             elif want is not None and got is not None:
                 error = relative_error(whole(got), want)
-                if error > TOLERANCE:
+                if error > tolerance:
                     wrong.append(f"{name}: off by {error:.1e}")
     return wrong

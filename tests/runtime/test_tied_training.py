@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import pytest
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
-from hfpp.errors import PipelineConfigError
 from hfpp.runtime import ownership
 from hfpp.runtime.stage_boundary import own_layers
 from tests.ranks import run_ranks
@@ -20,7 +18,6 @@ from tests.runtime.tied_models import MODELS
 from tests.runtime.tied_training import (
     Bits,
     Case,
-    build_case,
     train_split,
     train_unsplit,
     wrong_values,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from hfpp import clip_grad_norm_
+from hfpp import PipelineConfigError, clip_grad_norm_
 from hfpp.runtime.pipeline import Pipeline
 from hfpp.runtime.stage_boundary import boundary_of, places_of
 from tests.models import relative_error, tiny_model, token_ids
@@ -151,3 +151,12 @@ def wrong_values(pipeline: Pipeline, expected: dict[str, Tensor], tolerance: flo
             if error > tolerance:
                 wrong.append(f"{name}: off by {error:.1e}")
     return wrong
+
+
+def refusal(pipeline: Pipeline, mesh: DeviceMesh, ids: Tensor) -> str:
+    """What a step says; empty where it runs."""
+    try:
+        step(pipeline, mesh, ids)
+    except PipelineConfigError as error:
+        return str(error)
+    return ""
