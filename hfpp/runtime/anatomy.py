@@ -206,18 +206,18 @@ class Anatomy:
         """Code between or after later layers that reads a value from before the cut."""
         graph, facts = self._trace.graph, self._facts
         first = self._layer_calls[cut].first_node
-        for node in graph.reach([self._output_node], stops):
-            if facts.layer[node] >= 0 or node < first or graph.kinds[node] != "op":
-                continue
-            for parent in graph.parents[node]:
-                if parent < first and facts.flows[parent]:
-                    raise PipelineConfigError(
-                        f"{self.model_name} cannot be cut before layer {cut} of "
-                        f"{self.layers_name!r}: its forward uses a value made before that layer "
-                        f"outside of the layers ({graph.labels[node]} reads the result of "
-                        f"{graph.labels[parent]}). Keep the layers on one stage (pipeline size 1), "
-                        f"or cut elsewhere."
-                    )
+        if not any(parent < first <= node for node, parent in facts.outer_edges):
+            return
+        reached = graph.reach([self._output_node], stops)
+        for node, parent in facts.outer_edges:
+            if parent < first <= node and node in reached:
+                raise PipelineConfigError(
+                    f"{self.model_name} cannot be cut before layer {cut} of "
+                    f"{self.layers_name!r}: its forward uses a value made before that layer "
+                    f"outside of the layers ({graph.labels[node]} reads the result of "
+                    f"{graph.labels[parent]}). Keep the layers on one stage (pipeline size 1), "
+                    f"or cut elsewhere."
+                )
 
 
 @dataclass(slots=True)
@@ -229,6 +229,7 @@ class _Facts:
         level: the latest layer that it depends on; -1 for none.
         computed: whether it depends on parameters or layers.
         flows: whether a later stage could not redo it.
+        outer_edges: operators outside of the layers, each with a parent that flows.
         reads_ids: whether the model's own code needs the values of the ids on every stage.
     """
 
@@ -236,6 +237,7 @@ class _Facts:
     level: list[int]
     computed: list[bool]
     flows: list[bool]
+    outer_edges: list[tuple[int, int]]
     reads_ids: bool
 
 
@@ -469,4 +471,11 @@ def _find_facts(name: str, trace: Trace, layers_name: str, ids_name: str) -> _Fa
         for node in range(size)
     )
     reads_ids = any(map(ids_only, arguments)) or any(map(ids_only, reads)) or outside_use
-    return _Facts(layer, level, computed, flows, reads_ids)
+    outer_edges = [
+        (node, parent)
+        for node in range(size)
+        if layer[node] < 0 and graph.kinds[node] == "op"
+        for parent in graph.parents[node]
+        if flows[parent]
+    ]
+    return _Facts(layer, level, computed, flows, outer_edges, reads_ids)

@@ -19,6 +19,9 @@ Path = tuple[int | Key, ...]
 ``(1, Key("mask"))`` the keyword argument ``mask``."""
 
 
+_SCALARS = frozenset((int, float, bool, str, torch.dtype, torch.device))
+
+
 def walk_tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tensor]]:
     """Yield every tensor inside nested tuples, lists and mappings, with its path."""
     if isinstance(value, torch.Tensor):
@@ -29,6 +32,26 @@ def walk_tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, torch.Tens
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             yield from walk_tensors(item, (*path, index))
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Every tensor that ``walk_tensors`` yields, in its order."""
+    found: list[torch.Tensor] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: Any, found: list[torch.Tensor]) -> None:
+    if value is None or type(value) in _SCALARS:
+        return  # most of an operator's arguments: asking for a Mapping takes long
+    if isinstance(value, torch.Tensor):
+        found.append(value)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _collect(item, found)
+    elif isinstance(value, Mapping):
+        for key in list(value):
+            _collect(value[key], found)
 
 
 def get_at(value: Any, path: Path) -> Any:

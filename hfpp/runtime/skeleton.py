@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 
+from hfpp.runtime.module_copy import copy_structure
 from hfpp.runtime.repeated_layers import separate_repeats
 
 _SMALL_BUFFER_ELEMENTS = 1 << 16
@@ -32,12 +32,12 @@ def meta_skeleton(model: nn.Module) -> nn.Module:
             else torch.empty_like(buffer, device="meta")
         )
     with torch.no_grad():
-        skeleton = copy.deepcopy(model, memo)
+        skeleton = copy_structure(model, memo)
     separate_repeats(skeleton)
     seen: set[int] = set()
     for module in skeleton.modules():
-        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if id(parameter) in seen:
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and id(parameter) in seen:
                 module._parameters[name] = _meta_parameter(parameter)
             seen.add(id(parameter))
     _use_plain_attention(skeleton)
@@ -53,5 +53,10 @@ def _use_plain_attention(skeleton: nn.Module) -> None:
 
 
 def _meta_parameter(parameter: nn.Parameter) -> nn.Parameter:
-    empty = torch.empty_like(parameter, device="meta", requires_grad=False)
+    if type(parameter) is nn.Parameter and parameter.layout is torch.strided:
+        # by strides, as empty_like on the meta device is Python that takes ten times as long
+        size, stride, dtype = parameter.size(), parameter.stride(), parameter.dtype
+        empty = torch.empty_strided(size, stride, dtype=dtype, device="meta")
+    else:
+        empty = torch.empty_like(parameter, device="meta", requires_grad=False)
     return nn.Parameter(empty, requires_grad=parameter.requires_grad)

@@ -19,6 +19,7 @@ from hfpp.plan.placement import Placement, stage_ids_this_rank
 from hfpp.plan.schedule import find_schedule, read_csv
 from hfpp.runtime.anatomy import Anatomy, find_anatomy, first_argument, forward_constants
 from hfpp.runtime.hollow import hollow_layer, hollow_parameters
+from hfpp.runtime.module_copy import copy_structure
 from hfpp.runtime.module_names import (
     HOOK,
     check_module_names,
@@ -274,7 +275,7 @@ def _structural_copy(
     for key, stand_in in hollow.items():
         if id(originals[key]) not in kept_layers:
             memo[id(originals[key])] = stand_in
-    stage = copy.deepcopy(model, memo)
+    stage = copy_structure(model, memo)
     places = stage.get_submodule(anatomy.layers_name)
     places._modules.update(hollow)
     separate_places(places, model, layers, memo)

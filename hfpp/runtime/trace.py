@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hfpp.runtime.paths import Path, map_tensors, walk_tensors
+from hfpp.runtime.paths import Path, map_tensors, tensors_in, walk_tensors
 
 aten = torch.ops.aten
 _CPU = torch.device("cpu")
@@ -160,7 +160,9 @@ class HollowRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Execute one operator and record it."""
         kwargs = kwargs or {}
         packet = func.overloadpacket
-        tensors = [t for _, t in walk_tensors((args, kwargs))]
+        tensors = tensors_in(args)
+        if kwargs:
+            tensors += tensors_in(kwargs)
         if packet in (aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select):
             self.reads.extend((self.node_of(t), self.current_call) for t in tensors)
         result = self._execute(func, packet, args, kwargs, tensors)
@@ -182,9 +184,9 @@ class HollowRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
         written = {
             _storage_key(t)
             for index, name in _written_arguments(func)
-            for _, t in walk_tensors(args[index] if index < len(args) else kwargs.get(name))
+            for t in tensors_in(args[index] if index < len(args) else kwargs.get(name))
         }
-        made = [t for _, t in walk_tensors(result)]
+        made = tensors_in(result)
         fresh = [t for t in made if _storage_key(t) not in used]
         if not fresh and not written:
             return
@@ -254,7 +256,7 @@ class HollowRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*meta_args, **meta_kwargs)
         for index, name in written:
             target = meta_args[index] if index < len(meta_args) else meta_kwargs.get(name)
-            for _, tensor in walk_tensors(target):
+            for tensor in tensors_in(target):
                 if id(tensor) in shadows:
                     self._unknown.add(_storage_key(shadows[id(tensor)][1]))
         used = {_storage_key(t) for t in tensors}
