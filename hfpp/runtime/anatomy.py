@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hfpp.errors import PipelineConfigError
+from hfpp.runtime.anatomy_cache import AnatomyCache
 from hfpp.runtime.paths import Key, Path
 from hfpp.runtime.skeleton import meta_skeleton
 from hfpp.runtime.trace import Call, Trace, Value, run_hollow
@@ -19,6 +20,7 @@ from hfpp.runtime.trace import Call, Trace, Value, run_hollow
 IDS = "input ids"
 """Key of the slot that carries the token ids themselves."""
 
+_MOST_RESIZED = 8  # runs of other sizes that an anatomy holds: each has a graph of its own
 _ONCE_PER_CALL = "as nn.ModuleList([layer] * calls) does with one set of weights"
 
 
@@ -105,6 +107,10 @@ class Anatomy:
             self._slots[cut] = self._find_slots(cut)
         return self._slots[cut]
 
+    def size(self) -> int:
+        """Nodes of the graph and modules of the skeleton: what an anatomy's memory grows with."""
+        return len(self._trace.graph) + sum(1 for _ in self.skeleton.modules())
+
     def parameters_reached(self, start: int, stop: int) -> set[str]:
         """FQNs that a stage of layers ``start`` to ``stop - 1`` uses, inside and outside of layers.
 
@@ -169,6 +175,8 @@ class Anatomy:
             skeleton = self.skeleton
             if dtype != self.dtype:
                 skeleton = copy.deepcopy(skeleton).to(dtype)
+            while len(self._resized) >= _MOST_RESIZED:
+                del self._resized[next(iter(self._resized))]
             self._resized[key] = _run(self.model_name, skeleton, key[0], key[1])
         return self._resized[key]
 
@@ -241,13 +249,23 @@ class _Facts:
     reads_ids: bool
 
 
+_KNOWN = AnatomyCache()
+"""Of the whole process: an anatomy is a function of what the model is made of."""
+
+
 def find_anatomy(model: nn.Module) -> Anatomy:
     """Take ``model`` apart; its weights are neither read nor copied.
+
+    A model of the same code, config and structure as one before is not run again.
 
     Raises:
         PipelineConfigError: naming the model class, if no list of layers is found or the forward
             cannot be followed.
     """
+    return _KNOWN.find(model, _take_apart)
+
+
+def _take_apart(model: nn.Module) -> Anatomy:
     batch, seq = _run_sizes(model)
     return _run(type(model).__name__, meta_skeleton(model), batch, seq)
 

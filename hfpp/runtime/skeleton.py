@@ -25,10 +25,9 @@ def meta_skeleton(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         memo[id(parameter)] = _meta_parameter(parameter)
     for buffer in model.buffers():
-        small = buffer.numel() <= _SMALL_BUFFER_ELEMENTS and buffer.device.type != "meta"
         memo[id(buffer)] = (
             buffer.detach().to("cpu", copy=True)
-            if small
+            if keeps_values(buffer)
             else torch.empty_like(buffer, device="meta")
         )
     with torch.no_grad():
@@ -36,12 +35,17 @@ def meta_skeleton(model: nn.Module) -> nn.Module:
     separate_repeats(skeleton)
     seen: set[int] = set()
     for module in skeleton.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None and id(parameter) in seen:
-                module._parameters[name] = _meta_parameter(parameter)
-            seen.add(id(parameter))
+        for name, held in list(module._parameters.items()):
+            if held is not None and id(held) in seen:
+                module._parameters[name] = _meta_parameter(held)
+            seen.add(id(held))
     _use_plain_attention(skeleton)
     return skeleton.eval()
+
+
+def keeps_values(buffer: torch.Tensor) -> bool:
+    """Whether a skeleton has the values of ``buffer``, and its forward can read them."""
+    return buffer.numel() <= _SMALL_BUFFER_ELEMENTS and buffer.device.type != "meta"
 
 
 def _use_plain_attention(skeleton: nn.Module) -> None:

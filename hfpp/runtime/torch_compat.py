@@ -46,6 +46,7 @@ __all__ = [
     "initialize",
     "is_forward_initialized",
     "is_initialized",
+    "is_intercepted",
     "load_table",
     "local_stages",
     "merge_outputs",
@@ -498,3 +499,14 @@ def without_backward(schedule: TorchSchedule, stages: Sequence[PipelineStage]) -
         yield
     finally:
         schedule._has_backward = before
+
+
+# Code that runs around operators and modules
+
+
+def is_intercepted() -> bool:
+    """Whether a mode sees every operator or a global hook every module; unknown counts as yes."""
+    stacks = ("_len_torch_function_stack", "_len_torch_dispatch_stack")
+    lengths = [getattr(torch._C, name, lambda: 1)() for name in stacks]
+    hooked = getattr(torch.nn.modules.module, "_has_any_global_hook", lambda: True)
+    return any(lengths) or bool(hooked())
