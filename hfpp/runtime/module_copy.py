@@ -24,7 +24,7 @@ def copy_structure(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     modules = [m for m in model.modules() if id(m) not in memo and _is_plain(m)]
     # all of them before any attribute: what refers to a module finds its copy
     memo.update({id(module): type(module).__new__(type(module)) for module in modules})
-    for module in modules:
+    for module in reversed(modules):  # inner ones first: what copies itself may use its parts
         state = module.__getstate__()  # type: ignore[no-untyped-call]
         copies = memo[id(module)].__dict__
         for name, value in state.items():

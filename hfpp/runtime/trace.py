@@ -462,7 +462,8 @@ def run_hollow(
         handles.append(child.register_forward_pre_hook(before(name, index), with_kwargs=True))
         handles.append(child.register_forward_hook(after, with_kwargs=True))
     try:
-        with torch.no_grad(), run:
+        # compiling is put off: torch would give up for good on code that it meets within a mode
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), run:
             result = skeleton(**inputs, **constants)
             values = [run.value_of(path, t) for path, t in walk_tensors(result)]
     finally:

@@ -50,6 +50,7 @@ class Custom(nn.Module):
         super().__init__()
         self.inner = inner
         self.copies = 0
+        self.weights = sum(p.numel() for p in inner.parameters())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Custom:
         copied = Custom(copy.deepcopy(self.inner, memo))
@@ -85,6 +86,7 @@ def test_modules_that_copy_themselves_do() -> None:
     model = nn.Sequential(Custom(nn.Linear(2, 2)), counted)
     copied: Any = copy_structure(model, {})
     assert copied[0].copies == 1
+    assert copied[0].weights == 6
     assert copied[0].inner.weight is not model[0].inner.weight
     assert not hasattr(copied[1], "secret")
 
