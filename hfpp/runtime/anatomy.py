@@ -75,6 +75,8 @@ class Anatomy:
         output: shape and dtype of the primary output (the logits, else the hidden state).
         ids_name: name of the forward's first argument.
         skeleton: the model without weights.
+        text: the same model's anatomy for token ids alone, where this one is for further arguments.
+        kinds: what is known for further arguments, by their names and types (``input_kinds``).
     """
 
     model_name: str
@@ -91,6 +93,8 @@ class Anatomy:
     _trace: Trace
     _layer_calls: dict[int, Call]
     _facts: _Facts
+    text: Anatomy | None = None
+    kinds: dict[Any, Any] = field(default_factory=dict)
     _slots: dict[int, tuple[Slot, ...]] = field(default_factory=dict)
     _resized: dict[tuple[int, int, torch.dtype], Anatomy] = field(default_factory=dict)
 
@@ -110,6 +114,28 @@ class Anatomy:
     def size(self) -> int:
         """Nodes of the graph and modules of the skeleton: what an anatomy's memory grows with."""
         return len(self._trace.graph) + sum(1 for _ in self.skeleton.modules())
+    def first_called(self, cut: int) -> int:
+        """The first layer from ``cut`` on that the forward calls.
+
+        Raises:
+            PipelineConfigError: if it calls none.
+        """
+        if cut in self.calls:
+            return cut
+        order = sorted(self.calls)
+        if not order or cut > order[-1]:
+            raise PipelineConfigError(
+                f"{self.model_name} does not call layer {cut} of {self.layers_name!r} or a later "
+                f"one: begin the stage at one of {order}."
+            )
+        return next(index for index in order if index > cut)
+
+    @property
+    def takes_media(self) -> bool:
+        """Whether the model has parameters that token ids alone do not reach, such as encoders."""
+        prefix = f"{self.layers_name}."
+        names = {n for n, _ in self.skeleton.named_parameters() if not n.startswith(prefix)}
+        return bool(names - self.parameters_reached(0, self.num_layers))
 
     def parameters_reached(self, start: int, stop: int) -> set[str]:
         """FQNs that a stage of layers ``start`` to ``stop - 1`` uses, inside and outside of layers.
@@ -156,6 +182,19 @@ class Anatomy:
         sizes = at._size_map(batch, seq)
         return TensorLike(tuple(sizes.get(n, n) for n in at.output.shape), at.output.dtype)
 
+    @property
+    def trace(self) -> Trace:
+        """The run that this was read off."""
+        return self._trace
+
+    def layer_of_nodes(self) -> list[int]:
+        """For every node of the run the layer it was made in; -1 outside of all."""
+        return self._facts.layer
+
+    def is_computed(self, node: int) -> bool:
+        """Whether a node depends on parameters or layers, and so on no stage but its own is real."""
+        return self._facts.computed[node]
+
     def sizes_from(self, hidden: torch.Tensor, cut: int) -> tuple[int, int]:
         """Batch size and sequence length, read off the hidden state received at ``cut``."""
         shape = self.slots(cut)[0].shape
@@ -165,6 +204,10 @@ class Anatomy:
         if (batch, seq) == (self.batch, self.seq):
             return {}
         return {self.batch: batch, self.seq: seq, self.batch * self.seq: batch * seq}
+
+    def in_dtype(self, dtype: torch.dtype | None) -> Anatomy:
+        """The same for the model cast to ``dtype``; None: as it was."""
+        return self._at_sizes(self.batch, self.seq, dtype, exact=False)
 
     def _at_sizes(self, batch: int, seq: int, dtype: torch.dtype | None, *, exact: bool) -> Anatomy:
         dtype = dtype or self.dtype
@@ -185,11 +228,7 @@ class Anatomy:
 
     def _find_slots(self, cut: int) -> tuple[Slot, ...]:
         facts, order = self._facts, sorted(self._layer_calls)
-        if cut not in self._layer_calls:
-            raise PipelineConfigError(
-                f"{self.model_name} does not call layer {cut} of {self.layers_name!r}: "
-                f"begin the stage at one of {order}."
-            )
+        wanted, cut = cut, self.first_called(cut)
         hidden = _at(self._layer_calls[cut].inputs, self.calls[cut].hidden_path)
         found: dict[Any, Value] = {hidden.key: hidden}
         uses: dict[Any, list[tuple[int, Path]]] = {hidden.key: []}
@@ -206,7 +245,11 @@ class Anatomy:
         ]
         self._refuse_glue(cut, {value.node for value in found.values()})
         shape = slots[0].shape
-        if facts.reads_ids or self.batch not in shape or self.seq not in shape:
+        if self.text is not None:  # further arguments come with the ids, on every stage
+            ids_cross = any(slot.key == IDS for slot in self.text.slots(wanted))
+        else:
+            ids_cross = facts.reads_ids or self.batch not in shape or self.seq not in shape
+        if ids_cross:
             slots.append(Slot(IDS, (self.batch, self.seq), torch.int64, ()))
         return tuple(slots)
 
@@ -270,6 +313,57 @@ def _take_apart(model: nn.Module) -> Anatomy:
     return _run(type(model).__name__, meta_skeleton(model), batch, seq)
 
 
+def anatomy_for(
+    text: Anatomy, skeleton: nn.Module, inputs: Mapping[str, Any], plain: Mapping[str, Any]
+) -> Anatomy:
+    """The anatomy of a forward that takes more than token ids; its layers are those of ``text``.
+
+    Args:
+        text: the model's anatomy for token ids alone.
+        skeleton: the model without weights, in the dtype that it runs in.
+        inputs: real CPU tensors, or containers of them, by argument name; the ids among them.
+        plain: other keyword arguments.
+
+    Raises:
+        PipelineConfigError: if the forward fails on them or cannot be followed.
+    """
+    name = text.model_name
+    named = [f"{key} {_shape_of(value)}" for key, value in inputs.items()]
+    try:
+        constants = {**plain, **forward_constants(skeleton)}
+        trace = run_hollow(skeleton, inputs, constants, keep_arguments=True)
+    except Exception as error:
+        raise PipelineConfigError(
+            f"{name} cannot be split: its forward failed without weights on the first microbatch's "
+            f"{', '.join(named)} ({type(error).__name__}: {error}). Check that the model runs on "
+            f"just these rows of the batch."
+        ) from error
+    batch, seq = inputs[text.ids_name].shape[:2]
+    return _read_off(name, skeleton, trace, batch, seq, text)
+
+
+def _check_calls(name: str, layers_name: str, trace: Trace) -> None:
+    """The layers that token ids alone showed, also with further arguments."""
+    calls = [call for call in trace.calls if call.list_name == layers_name]
+    indices = [call.index for call in calls]
+    if not calls or sorted(set(indices)) != indices:
+        raise PipelineConfigError(
+            f"{name} cannot be split: with these arguments its forward calls the layers of "
+            f"{layers_name!r} in the order {_shortened(indices)}; a stage needs each layer once, "
+            f"in order."
+        )
+    odd = [call.index for call in calls if _hidden_of(call) is None]
+    if odd:
+        raise PipelineConfigError(
+            f"{name} cannot be split: with these arguments layer {odd[0]} of {layers_name!r} "
+            f"returns no hidden state in the shape that it takes."
+        )
+
+
+def _shape_of(value: Any) -> Any:
+    return list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
 def _run(name: str, skeleton: nn.Module, batch: int, seq: int) -> Anatomy:
     ids_name = first_argument(skeleton)
     inputs = {ids_name: _plain_ids(skeleton, batch, seq)}
@@ -281,8 +375,17 @@ def _run(name: str, skeleton: nn.Module, batch: int, seq: int) -> Anatomy:
             f"without weights ({type(error).__name__}: {error}). Check that "
             f"model({ids_name}=...) runs with no other argument."
         ) from error
-    layers_name = _find_layers(name, skeleton, trace)
+    return _read_off(name, skeleton, trace, batch, seq)
+
+
+def _read_off(
+    name: str, skeleton: nn.Module, trace: Trace, batch: int, seq: int, text: Anatomy | None = None
+) -> Anatomy:
+    ids_name = first_argument(skeleton)
+    layers_name = _find_layers(name, skeleton, trace) if text is None else text.layers_name
     layer_calls = {call.index: call for call in trace.calls if call.list_name == layers_name}
+    if text is not None:
+        _check_calls(name, layers_name, trace)
     output = _primary_output(name, trace.result)
     dtypes = [p.dtype for p in skeleton.parameters() if p.is_floating_point()]
     return Anatomy(
@@ -300,6 +403,7 @@ def _run(name: str, skeleton: nn.Module, batch: int, seq: int) -> Anatomy:
         _trace=trace,
         _layer_calls=layer_calls,
         _facts=_find_facts(name, trace, layers_name, ids_name),
+        text=text,
     )
 
 
@@ -458,14 +562,15 @@ def _find_facts(name: str, trace: Trace, layers_name: str, ids_name: str) -> _Fa
         inside[c] if c >= 0 and k == "op" else -1
         for c, k in zip(graph.calls, graph.kinds, strict=True)
     ]
-    level, param, ids = [-1] * size, [False] * size, [False] * size
+    level, param, ids, given = [-1] * size, [False] * size, [False] * size, [False] * size
     for node in range(size):
         parents = graph.parents[node]
         level[node] = max([layer[node], *(level[p] for p in parents)])
         param[node] = graph.kinds[node] == "param" or any(param[p] for p in parents)
         ids[node] = node == trace.input_nodes[ids_name] or any(ids[p] for p in parents)
+        given[node] = graph.kinds[node] == "input" or any(given[p] for p in parents)
     computed = [level[n] >= 0 or param[n] for n in range(size)]
-    flows = [level[n] >= 0 or (param[n] and ids[n]) for n in range(size)]
+    flows = [level[n] >= 0 or (param[n] and given[n]) for n in range(size)]
 
     def ids_only(node: int) -> bool:
         return ids[node] and not computed[node]

@@ -245,6 +245,7 @@ def build_stages(
             tied=ownership.tied,
             pp_group=group,
             anatomy=anatomy,
+            ownership=ownership,
         )
         make_stage(
             stage,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from hfpp.runtime.anatomy import Anatomy, Slot, TensorLike
-    from hfpp.runtime.ownership import TiedParameter
+    from hfpp.runtime.ownership import Ownership, TiedParameter
 
 
 class TensorMeta(NamedTuple):
@@ -35,6 +35,7 @@ class StageBoundary:
         pp_group: process group of the pipeline; None until it is known.
         anatomy: the split model's; None for a model that could not be cut, on one stage, and for
             one that keeps its own forward.
+        ownership: which stage holds what; None where there is no anatomy.
     """
 
     stage_index: int
@@ -44,6 +45,7 @@ class StageBoundary:
     tied: tuple[TiedParameter, ...]
     pp_group: dist.ProcessGroup | None
     anatomy: Anatomy | None
+    ownership: Ownership | None = None
 
     def __deepcopy__(self, memo: Any) -> StageBoundary:
         return self  # immutable, and a process group cannot be copied

@@ -8,7 +8,6 @@ after them takes what crosses the next cut and ends the forward.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,22 +15,14 @@ from torch import nn
 
 from hfpp.errors import PipelineConfigError
 from hfpp.runtime.anatomy import IDS
-from hfpp.runtime.hollow import CutReached, HollowRole, Running, disguise
+from hfpp.runtime.hollow import CutReached, Running, disguise
 from hfpp.runtime.paths import get_at, set_at
+from hfpp.runtime.stage_kinds import OwnRole, StageKind, kind_for, stage_kind, use_kind
 
 if TYPE_CHECKING:
-    from hfpp.runtime.paths import Path
     from hfpp.runtime.stage_boundary import StageBoundary
 
 _MARK = "_hfpp_received"
-
-
-@dataclass(frozen=True, slots=True)
-class _OwnRole:
-    running: Running
-    layer: int
-    hidden_path: Path
-    injections: tuple[tuple[int, Path], ...]  # (position among the incoming slots, where)
 
 
 def _own_layer_class(base: type[nn.Module]) -> type[nn.Module]:
@@ -43,10 +34,10 @@ def _own_layer_class(base: type[nn.Module]) -> type[nn.Module]:
     return disguise(OwnLayer, base)
 
 
-def inject_into(layer: nn.Module, role: _OwnRole) -> None:
-    """Make ``layer`` take received values; its class keeps its name."""
+def inject_into(layer: nn.Module) -> None:
+    """Make ``layer`` take received values where its role says so; its class keeps its name."""
     layer.__class__ = _own_layer_class(type(layer))
-    layer.__dict__["_hfpp_role"] = role
+    layer.__dict__["_hfpp_role"] = None
 
 
 def _with_received(layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -56,14 +47,16 @@ def _with_received(layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
     again and inject another microbatch. Where a replay comes through here all the same, the mark on
     the dummy argument tells which microbatch it belongs to.
     """
-    role: _OwnRole = layer.__dict__["_hfpp_role"]
+    role: OwnRole | None = layer.__dict__["_hfpp_role"]
+    if role is None:
+        return args, kwargs
     dummy = get_at((args, kwargs), role.hidden_path)
     received = role.running.received
     if received is not None:
-        setattr(dummy, _MARK, received)
+        setattr(dummy, _MARK, (received, role))
         role.running.injected.add(role.layer)
     else:
-        received = getattr(dummy, _MARK, None)
+        received, role = getattr(dummy, _MARK, (None, role))
     if role.running.with_gradients and not torch.is_grad_enabled():
         raise PipelineConfigError(
             f"a {type(layer).__name__} of a pipeline stage runs without gradients within a forward "
@@ -118,9 +111,12 @@ def _stage_class(base: type[nn.Module]) -> type[nn.Module]:
 def _run_stage(
     stage: nn.Module, own_forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    boundary: StageBoundary = stage.__dict__["_hfpp_boundary"]
     running: Running = stage.__dict__["_hfpp_running"]
     ids_name: str = stage.__dict__["_hfpp_ids_name"]
+    kind = kind_for(stage, args, kwargs)
+    use_kind(stage, kind)
+    boundary = kind.boundary
+    kwargs = {name: value for name, value in kwargs.items() if name not in kind.dropped}
     for name, value in stage.__dict__["_hfpp_constants"].items():
         if kwargs.setdefault(name, value) != value:
             raise PipelineConfigError(
@@ -133,6 +129,8 @@ def _run_stage(
                 f"the first stage got {len(args)} positional arguments, but only {ids_name} may be "
                 f"one: the other stages would not see the rest. Pass it by keyword, on every rank."
             )
+        if args:
+            kwargs.pop(ids_name, None)
         ids = args[0] if args else kwargs.get(ids_name)
     else:
         slots = boundary.slots_in()
@@ -152,9 +150,9 @@ def _run_stage(
         try:
             result = own_forward(*args, **kwargs)
         except CutReached:
-            _check_injected(stage, boundary, running)
+            _check_injected(kind, running)
             return _outgoing(boundary, running, ids)
-        _check_injected(stage, boundary, running)
+        _check_injected(kind, running)
     finally:
         running.clear()
     if not boundary.is_last:
@@ -162,10 +160,10 @@ def _run_stage(
     return primary_output(result)
 
 
-def _check_injected(stage: nn.Module, boundary: StageBoundary, running: Running) -> None:
-    missed = stage.__dict__["_hfpp_injected"] - running.injected
+def _check_injected(kind: StageKind, running: Running) -> None:
+    missed = kind.injected - running.injected
     if missed:
-        raise _skipped(boundary, min(missed))
+        raise _skipped(kind.boundary, min(missed))
 
 
 def _skipped(boundary: StageBoundary, layer: int) -> RuntimeError:
@@ -259,38 +257,17 @@ def make_stage(
         _hfpp_constants=dict(constants),
         _hfpp_stand_in_owners=stand_in_owners,
     )
+    kind = stage_kind(boundary, running)
     anatomy = boundary.anatomy
-    injected: set[int] = set()
-    stage.__dict__["_hfpp_injected"] = injected
-    if anatomy is None:
-        return
-    layers = stage.get_submodule(anatomy.layers_name)
-    slots_in, slots_out = boundary.slots_in(), boundary.slots_out()
-    known = {slot.key for slot in slots_in}
-    captures: dict[int, list[tuple[int, Path]]] = {}
-    last = boundary.layers.stop
-    for position, slot in enumerate(slots_out):
-        if slot.key not in known and slot.key != IDS:
-            layer, path = slot.uses[0]
-            captures.setdefault(layer, []).append((position, path))
-            last = max(last, layer)
-    for index in anatomy.calls:
-        layer = layers[index]  # type: ignore[index]
-        if index in boundary.layers:
-            injections = tuple(
-                (position, path)
-                for position, slot in enumerate(slots_in)
-                for used_by, path in slot.uses
-                if used_by == index
-            )
-            if injections:
-                path = anatomy.calls[index].hidden_path
-                inject_into(layer, _OwnRole(running, index, path, injections))
-                injected.add(index)
-        else:
-            layer.__dict__["_hfpp_role"] = HollowRole(
-                running,
-                anatomy.calls[index],
-                tuple(captures.get(index, ())) if index >= boundary.layers.stop else (),
-                ends=not boundary.is_last and index == last,
-            )
+    layers: dict[int, nn.Module] = {}
+    takes = kind.injected
+    if anatomy is not None:
+        layers = dict(enumerate(stage.get_submodule(anatomy.layers_name).children()))
+        if boundary.num_stages > 1 and not boundary.is_first and anatomy.takes_media:
+            takes = frozenset(boundary.layers)  # encoders may hand values to any layer
+    for index in takes:
+        inject_into(layers[index])
+    stage.__dict__.update(
+        _hfpp_layers=layers, _hfpp_takes=takes, _hfpp_text_kind=kind, _hfpp_kinds={}
+    )
+    use_kind(stage, kind)

@@ -401,6 +401,7 @@ class Call:
     inputs: list[Value]
     outputs: list[Value] = field(default_factory=list)
     output: Any = None
+    arguments: Any = None  # (args, kwargs) themselves, where they were asked for
 
 
 @dataclass(slots=True)
@@ -415,19 +416,24 @@ class Trace:
 
 
 def run_hollow(
-    skeleton: torch.nn.Module, inputs: Mapping[str, torch.Tensor], constants: Mapping[str, Any]
+    skeleton: torch.nn.Module,
+    inputs: Mapping[str, Any],
+    constants: Mapping[str, Any],
+    *,
+    keep_arguments: bool = False,
 ) -> Trace:
     """Run ``skeleton(**inputs, **constants)`` hollow and record the calls of all list elements.
 
     Args:
         skeleton: a model whose parameters are on the meta device (see ``meta_skeleton``).
-        inputs: real CPU tensors by argument name.
+        inputs: real CPU tensors, or containers of them, by argument name.
         constants: other keyword arguments.
+        keep_arguments: whether the calls keep what they were called with.
     """
     leaves: list[tuple[str, str, torch.Tensor]] = []
     leaves += [("param", n, p) for n, p in skeleton.named_parameters()]
     leaves += [("buffer", n, b) for n, b in skeleton.named_buffers()]
-    leaves += [("input", n, t) for n, t in inputs.items()]
+    leaves += [("input", n, t) for n, v in inputs.items() for _, t in walk_tensors(v)]
     run = HollowRun(leaves)
     calls: list[Call] = []
     open_calls: list[int] = []
@@ -446,6 +452,8 @@ def run_hollow(
         def hook(_module: Any, args: Any, kwargs: Any) -> None:
             values = [run.value_of(path, t) for path, t in walk_tensors((args, kwargs))]
             calls.append(Call(list_name, index, run.current_call, len(run.graph), values))
+            if keep_arguments:
+                calls[-1].arguments = (args, dict(kwargs))
             open_calls.append(len(calls) - 1)
             run.current_call = open_calls[-1]
 
@@ -469,5 +477,5 @@ def run_hollow(
     finally:
         for handle in handles:
             handle.remove()
-    nodes = {name: run.node_of(t) for name, t in inputs.items()}
+    nodes = {n: run.node_of(t) for n, t in inputs.items() if isinstance(t, torch.Tensor)}
     return Trace(run.graph, calls, values, run.reads, nodes)
