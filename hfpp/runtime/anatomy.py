@@ -130,12 +130,11 @@ class Anatomy:
             )
         return next(index for index in order if index > cut)
 
-    @property
-    def takes_media(self) -> bool:
-        """Whether the model has parameters that token ids alone do not reach, such as encoders."""
+    def unused_parameters(self) -> set[str]:
+        """FQNs outside of the layer list that this forward does not use, such as encoders'."""
         prefix = f"{self.layers_name}."
         names = {n for n, _ in self.skeleton.named_parameters() if not n.startswith(prefix)}
-        return bool(names - self.parameters_reached(0, self.num_layers))
+        return names - self.outer_parameters(0, self.num_layers)
 
     def parameters_reached(self, start: int, stop: int) -> set[str]:
         """FQNs that a stage of layers ``start`` to ``stop - 1`` uses, inside and outside of layers.

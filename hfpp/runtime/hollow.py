@@ -121,7 +121,7 @@ def _result_like(template: Any, hidden: torch.Tensor, sizes: Mapping[int, int]) 
     if isinstance(template, TensorLike):
         shape = [sizes.get(size, size) for size in template.shape]
         return torch.full(
-            shape, _filling(template.dtype), dtype=template.dtype, device=hidden.device
+            shape, filling(template.dtype), dtype=template.dtype, device=hidden.device
         )
     if isinstance(template, dict):
         items = {k: _result_like(v, hidden, sizes) for k, v in template.items()}
@@ -145,7 +145,7 @@ class _StandIn(NamedTuple):
     split_dtype: torch.dtype
 
 
-def _filling(dtype: torch.dtype) -> float:
+def filling(dtype: torch.dtype) -> float:
     """What stands for an unknown value: one that shows wherever it is used."""
     return math.nan if dtype.is_floating_point else 0
 
@@ -157,7 +157,7 @@ def hollow_parameters(module: nn.Module, names: list[str]) -> None:
         parameter = module._parameters.pop(name)
         assert parameter is not None
         scalar = torch.full(
-            (), _filling(parameter.dtype), dtype=parameter.dtype, device=parameter.device
+            (), filling(parameter.dtype), dtype=parameter.dtype, device=parameter.device
         )
         stand_ins[name] = _StandIn(scalar, tuple(parameter.shape), parameter.dtype)
     module.__dict__["_hfpp_stand_ins"] = stand_ins
@@ -170,7 +170,7 @@ def _stand_in_class(base: type[nn.Module], names: list[str]) -> type[nn.Module]:
             stand_ins = self.__dict__["_hfpp_stand_ins"]
             for name, stand_in in stand_ins.items():
                 scalar = fn(stand_in.scalar)
-                scalar = torch.full_like(scalar, _filling(scalar.dtype))  # to_empty leaves anything
+                scalar = torch.full_like(scalar, filling(scalar.dtype))  # to_empty leaves anything
                 stand_ins[name] = stand_in._replace(scalar=scalar)
             return super()._apply(fn, recurse)
 

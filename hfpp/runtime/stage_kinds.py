@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from hfpp.errors import PipelineConfigError
 from hfpp.runtime.anatomy import IDS
 from hfpp.runtime.hollow import HollowRole, Running
+from hfpp.runtime.hollow_modules import HollowModule
 from hfpp.runtime.input_kinds import InputKind, check_kind, find_kind, further_arguments
 from hfpp.runtime.stage_boundary import cast_dtype
 
@@ -40,17 +41,17 @@ class StageKind:
         roles: of the layers that have one, by index.
         injected: the layers that must take what was received.
         dropped: names of keyword arguments that this stage leaves out.
+        encoders: what runs in the place of modules whose weights another stage has, by FQN.
     """
 
     boundary: StageBoundary
     roles: Mapping[int, OwnRole | HollowRole]
     injected: frozenset[int]
     dropped: frozenset[str] = frozenset()
+    encoders: Mapping[str, HollowModule] = field(default_factory=dict)
 
 
-def stage_kind(
-    boundary: StageBoundary, running: Running, dropped: frozenset[str] = frozenset()
-) -> StageKind:
+def stage_kind(boundary: StageBoundary, running: Running) -> StageKind:
     """The roles of a stage's layers, from the anatomy in ``boundary``."""
     anatomy = boundary.anatomy
     if anatomy is None:
@@ -84,7 +85,7 @@ def stage_kind(
                 tuple(captures.get(index, ())) if index >= boundary.layers.stop else (),
                 ends=not boundary.is_last and index == last,
             )
-    return StageKind(boundary, roles, frozenset(injected), dropped)
+    return StageKind(boundary, roles, frozenset(injected))
 
 
 def use_kind(stage: nn.Module, kind: StageKind) -> None:
@@ -100,6 +101,8 @@ def use_kind(stage: nn.Module, kind: StageKind) -> None:
         )
     for index, layer in stage.__dict__["_hfpp_layers"].items():
         layer.__dict__["_hfpp_role"] = kind.roles.get(index)
+    for name, module in stage.__dict__["_hfpp_encoders"].items():
+        module.__dict__["_hfpp_hollow"] = kind.encoders.get(name)
     stage.__dict__["_hfpp_kind"] = kind
 
 
@@ -141,6 +144,11 @@ def _known_kind(stage: nn.Module, boundary: StageBoundary, found: InputKind) -> 
         check_kind(found, boundary.ownership)
         dropped = frozenset() if boundary.is_first else found.dropped(boundary.layers.start)
         running: Running = stage.__dict__["_hfpp_running"]
-        kind = stage_kind(replace(boundary, anatomy=found.anatomy), running, dropped)
+        names = stage.__dict__["_hfpp_encoders"]
+        kind = replace(
+            stage_kind(replace(boundary, anatomy=found.anatomy), running),
+            dropped=dropped,
+            encoders={name: HollowModule(found.anatomy, name) for name in names},
+        )
         kinds[id(found.anatomy)] = kind
     return kind

@@ -16,6 +16,7 @@ from torch import nn
 from hfpp.errors import PipelineConfigError
 from hfpp.runtime.anatomy import IDS
 from hfpp.runtime.hollow import CutReached, Running, disguise
+from hfpp.runtime.hollow_modules import foreign_modules, make_replaceable
 from hfpp.runtime.paths import get_at, set_at
 from hfpp.runtime.stage_kinds import OwnRole, StageKind, kind_for, stage_kind, use_kind
 
@@ -260,14 +261,23 @@ def make_stage(
     kind = stage_kind(boundary, running)
     anatomy = boundary.anatomy
     layers: dict[int, nn.Module] = {}
+    encoders: dict[str, nn.Module] = {}
     takes = kind.injected
     if anatomy is not None:
         layers = dict(enumerate(stage.get_submodule(anatomy.layers_name).children()))
-        if boundary.num_stages > 1 and not boundary.is_first and anatomy.takes_media:
+        if not boundary.is_first and (unused := anatomy.unused_parameters()):
             takes = frozenset(boundary.layers)  # encoders may hand values to any layer
+            names = foreign_modules(stage, anatomy.layers_name, unused)
+            encoders = {name: stage.get_submodule(name) for name in names}
     for index in takes:
         inject_into(layers[index])
+    for module in encoders.values():
+        make_replaceable(module)
     stage.__dict__.update(
-        _hfpp_layers=layers, _hfpp_takes=takes, _hfpp_text_kind=kind, _hfpp_kinds={}
+        _hfpp_layers=layers,
+        _hfpp_encoders=encoders,
+        _hfpp_takes=takes,
+        _hfpp_text_kind=kind,
+        _hfpp_kinds={},
     )
     use_kind(stage, kind)
