@@ -317,9 +317,7 @@ def vision_batch(
     counts = family.counts if counts is None else counts
     generator = torch.Generator().manual_seed(seed)
     tokens, kwargs = family.media(counts, generator)
-    kwargs = {
-        k: v.to(family.dtype) if v.is_floating_point() else v for k, v in kwargs.items()
-    }
+    kwargs = {k: v.to(family.dtype) if v.is_floating_point() else v for k, v in kwargs.items()}
     ids = torch.randint(3, 80, (len(counts), SEQ), generator=generator)
     lengths = iter(tokens)
     for sample, count in enumerate(counts):
@@ -346,9 +344,7 @@ def microbatch(
     images = slice(before, before + number)
     mine: dict[str, Tensor] = {}
     grids = kwargs.get("image_grid_thw")
-    by_row = FAMILIES[name].media is _tiles or kwargs["pixel_values"].dim() == 5 and (
-        "image_sizes" not in kwargs
-    )
+    by_row = kwargs["pixel_values"].dim() >= 5 and "image_sizes" not in kwargs
     for key, value in kwargs.items():
         if by_row or key in (*FAMILIES[name].marks, "attention_mask"):
             mine[key] = value[rows]

@@ -191,7 +191,7 @@ class Anatomy:
         return self._facts.layer
 
     def is_computed(self, node: int) -> bool:
-        """Whether a node depends on parameters or layers, and so on no stage but its own is real."""
+        """Whether a node depends on parameters or layers, and so is real on no other stage."""
         return self._facts.computed[node]
 
     def sizes_from(self, hidden: torch.Tensor, cut: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from hfpp.errors import PipelineConfigError
 from hfpp.runtime import torch_compat as compat
+from hfpp.runtime.batch_arguments import BatchArguments
 from hfpp.runtime.forward_only import forward_actions, run_forward
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class ControlledSchedule(compat.PreparedSchedule):
         self._step_contexts: list[StepContext] = []
         self._forward_actions: list[Action] | None = None
         self._keywords_agreed = False
+        self._arguments = BatchArguments(cast("compat.TorchSchedule", self))
+        self._rows: int | None = None  # of the batch, where its target tells
         self._static = False  # whether torch took the stages' shapes as given and inferred none
 
     def step(
@@ -63,6 +66,7 @@ class ControlledSchedule(compat.PreparedSchedule):
                 "target to step, or call eval for a forward without a loss"
             )
         self._check_batch(args, target)
+        self._rows = _rows(target)
         self._check_shapes(args)
         self._agree_on_keywords(kwargs)
         with ExitStack() as contexts:
@@ -93,6 +97,7 @@ class ControlledSchedule(compat.PreparedSchedule):
             The outputs of the batch on the rank of the last stage; None elsewhere.
         """
         self._check_batch(args, target)
+        self._rows = _rows(target)
         self._agree_on_keywords(kwargs)
         arguments, keywords, targets = compat.split_batch(self, args, kwargs, target)
         stages = compat.local_stages(self)
@@ -138,6 +143,12 @@ class ControlledSchedule(compat.PreparedSchedule):
         with compat.undisturbed(stages):
             yield
         self._static = compat.ranks_agreed_on_static(stages, given=given)
+
+    def keyword_microbatches(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """The keyword arguments of a batch, cut where its samples are: in training and in eval."""
+        return self._arguments.microbatches(args, kwargs, self._rows)
 
     def _has_last_stage(self) -> bool:
         return any(stage.is_last for stage in compat.local_stages(self))
@@ -198,6 +209,10 @@ class ControlledSchedule(compat.PreparedSchedule):
                     f"set up for {list(shape)}: call reset_pp_stage_shapes for the new sizes on "
                     f"every rank first, or pass {list(shape)}"
                 )
+
+
+def _rows(target: Any) -> int | None:
+    return target.shape[0] if isinstance(target, torch.Tensor) and target.dim() else None
 
 
 @cache

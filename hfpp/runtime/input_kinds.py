@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch
 from hfpp.errors import PipelineConfigError
 from hfpp.runtime.anatomy import Anatomy, TensorLike, anatomy_for
 from hfpp.runtime.paths import map_tensors, walk_tensors
+from hfpp.runtime.trace import HollowRun
 
 if TYPE_CHECKING:
     from hfpp.runtime.ownership import Ownership
@@ -104,8 +106,8 @@ def check_kind(kind: InputKind, ownership: Ownership) -> None:
                 anatomy.slots(layers.start)
             except PipelineConfigError as error:
                 raise PipelineConfigError(
-                    f"{error} That holds for batches with {', '.join(sorted(kind.media))}; the cuts "
-                    f"that they allow are before the layers {_possible_cuts(anatomy)}."
+                    f"{error} That holds for batches with {', '.join(sorted(kind.media))}; the "
+                    f"cuts that they allow are before the layers {_possible_cuts(anatomy)}."
                 ) from error
     for stage, layers in enumerate(ownership.layers):
         needed = anatomy.outer_parameters(layers.start, layers.stop)
@@ -127,6 +129,59 @@ def _possible_cuts(anatomy: Anatomy) -> list[int]:
             continue
         possible.append(layer)
     return possible
+
+
+def feature_lengths(
+    text: Anatomy | None, modality: str, arguments: Mapping[str, Any]
+) -> list[int] | None:
+    """How many tokens the model makes of each row of its media; None where it cannot be asked.
+
+    Args:
+        text: the model's anatomy for token ids alone.
+        modality: of which the model gives the features, as in ``get_image_features``.
+        arguments: of that modality.
+    """
+    if text is None:
+        return None
+    if not any(name.endswith("sizes") for name in arguments):
+        return _ask(text, modality, arguments)  # without sizes it may depend on the pixels
+    key: Signature = ("features", modality, _shapes(arguments), _small_values(arguments))
+    if key not in text.kinds:
+        text.kinds[key] = _ask(text, modality, arguments)
+    found: list[int] | None = text.kinds[key]
+    return found
+
+
+def _ask(text: Anatomy, modality: str, arguments: Mapping[str, Any]) -> list[int] | None:
+    name = f"get_{modality}_features"
+    asked = next((m for m in text.skeleton.modules() if hasattr(m, name)), None)
+    if asked is None:
+        return None
+    method = getattr(asked, name)
+    known = inspect.signature(method).parameters
+    given = {k: map_tensors(_on_cpu, v) for k, v in arguments.items() if k in known}
+    leaves = [("param", n, p) for n, p in text.skeleton.named_parameters()]
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), HollowRun(leaves):
+            result = method(**given)
+    except Exception:  # whatever the model's code says to these arguments alone
+        return None
+    result = getattr(result, "pooler_output", result)
+    if isinstance(result, torch.Tensor):
+        return [result.shape[1]] * result.shape[0] if result.dim() == 3 else None
+    if isinstance(result, list | tuple) and all(isinstance(r, torch.Tensor) for r in result):
+        return [r.shape[0] if r.dim() == 2 else r.shape[0] * r.shape[1] for r in result]
+    return None
+
+
+def _small_values(arguments: Mapping[str, Any]) -> Signature:
+    """The values of what says sizes; pixels and their masks are told by their shapes."""
+    return tuple(
+        (name, tuple(t.flatten().tolist()))
+        for name in sorted(arguments)
+        for _, t in walk_tensors(arguments[name])
+        if not t.is_floating_point()
+    )
 
 
 def _find(

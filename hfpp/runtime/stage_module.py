@@ -262,10 +262,12 @@ def make_stage(
     anatomy = boundary.anatomy
     layers: dict[int, nn.Module] = {}
     encoders: dict[str, nn.Module] = {}
+    unused: set[str] = set()
     takes = kind.injected
     if anatomy is not None:
         layers = dict(enumerate(stage.get_submodule(anatomy.layers_name).children()))
-        if not boundary.is_first and (unused := anatomy.unused_parameters()):
+        unused = anatomy.unused_parameters()
+        if unused and not boundary.is_first:
             takes = frozenset(boundary.layers)  # encoders may hand values to any layer
             names = foreign_modules(stage, anatomy.layers_name, unused)
             encoders = {name: stage.get_submodule(name) for name in names}
@@ -277,6 +279,7 @@ def make_stage(
         _hfpp_layers=layers,
         _hfpp_encoders=encoders,
         _hfpp_takes=takes,
+        _hfpp_takes_media=bool(unused),
         _hfpp_text_kind=kind,
         _hfpp_kinds={},
     )

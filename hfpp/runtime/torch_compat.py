@@ -56,7 +56,10 @@ __all__ = [
     "runtime_class",
     "schedule_class",
     "send",
+    "restore_metadata",
     "set_static_metadata",
+    "static_metadata",
+    "static_metas",
     "split_batch",
     "splits_backward",
     "undisturbed",
@@ -191,6 +194,19 @@ class PreparedSchedule(_Base):
         """What surrounds that."""
         return nullcontext()
 
+    def keyword_microbatches(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """The keyword arguments of a batch, cut into microbatches."""
+        raise NotImplementedError
+
+    def _split_inputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> tuple[list[Any], list[Any]]:
+        keywords = self.keyword_microbatches(args, kwargs or {})
+        arguments, _ = cast("Any", super())._split_inputs(args, {})
+        return list(arguments), keywords
+
     def _initialize_stage(self, *args: Any, **kwargs: Any) -> None:
         with self.preparing():
             cast("Any", super())._initialize_stage(*args, **kwargs)
@@ -313,6 +329,45 @@ def set_static_metadata(
         target._configure_outputs_meta(outputs)
         return True
     return False
+
+
+def static_metadata(stage: object) -> Any:
+    """What a stage was told of its inputs and outputs, for `restore_metadata`."""
+    target = cast("Any", stage)
+    if hasattr(stage, "_user_meta"):
+        return target._user_meta
+    return getattr(stage, "inputs_meta", None), getattr(stage, "_outputs_meta", None)
+
+
+def restore_metadata(stage: object, metadata: Any) -> None:
+    """Gives a stage back what `static_metadata` had found."""
+    target = cast("Any", stage)
+    if hasattr(stage, "_user_meta"):
+        target._user_meta = metadata
+    elif hasattr(stage, "inputs_meta"):
+        target.inputs_meta, target._outputs_meta = metadata
+
+
+def static_metas(
+    stage: object,
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]] | None:
+    """The inputs and outputs that a stage was told of, on the meta device; None: it was not."""
+    if not has_static_metadata(stage):
+        return None
+    target = cast("Any", stage)
+    if hasattr(stage, "_user_meta"):
+        meta = target._user_meta
+        return _as_tensors(meta.inputs), _as_tensors(meta.outputs)
+    return tuple(target.inputs_meta), tuple(target._outputs_meta)
+
+
+def _as_tensors(metas: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(
+        torch.empty_strided(
+            m.shape, m.stride, dtype=m.dtype, device="meta", requires_grad=m.requires_grad
+        )
+        for m in metas
+    )
 
 
 def has_static_metadata(stage: object) -> bool:

@@ -1,0 +1,283 @@
+"""Vision-language models cut into stages, with real pixels: the same as the unsplit model."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hfpp import PipelineConfigError, pipeline_model
+from hfpp.runtime.anatomy import Anatomy, find_anatomy
+from hfpp.runtime.input_kinds import feature_lengths
+from hfpp.runtime.pipeline import Pipeline
+from hfpp.runtime.split_keywords import split_keywords
+from tests.models import relative_error
+from tests.ranks import run_ranks
+from tests.runtime.real_pipelines import TOLERANCE, data_and_pipeline_mesh, split, wrong_gradients
+from tests.vision_models import (
+    FAMILIES,
+    IMAGE,
+    SEQ,
+    microbatch,
+    tiny_vision_model,
+    token_loss,
+    unsplit_loss,
+    vision_batch,
+)
+
+MICROBATCHES = 2
+Batch = tuple[Tensor, dict[str, Tensor], tuple[int, ...]]  # ids, keyword arguments, image counts
+
+
+@cache
+def model_of(name: str) -> PreTrainedModel:
+    return tiny_vision_model(name)
+
+
+@cache
+def anatomy_of(name: str) -> Anatomy:
+    return find_anatomy(model_of(name))
+
+
+def batches_of(name: str) -> list[Batch]:
+    """With images; without; left-padded with as many images, dealt otherwise."""
+    counts = FAMILIES[name].counts
+    text = vision_batch(name, counts, seed=1)[0].clamp(max=IMAGE - 1)
+    turned = counts[::-1]
+    return [
+        (*vision_batch(name, counts), counts),
+        (text, {}, ()),
+        (*vision_batch(name, turned, seed=2, left_padded=True), turned),
+    ]
+
+
+def microbatches(name: str, batch: Batch) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    ids, kwargs, counts = batch
+    if not kwargs:
+        return [(rows, {}) for rows in ids.chunk(MICROBATCHES)]
+    size = len(ids) // MICROBATCHES
+    rows = [slice(i * size, (i + 1) * size) for i in range(MICROBATCHES)]
+    return [microbatch(name, counts, ids, kwargs, part) for part in rows]
+
+
+def unsplit(name: str) -> tuple[dict[str, Tensor | None], list[Tensor]]:
+    """Gradients of all batches, and the logits of each batch."""
+    model = copy.deepcopy(model_of(name))
+    logits = []
+    for batch in batches_of(name):
+        found = []
+        for ids, kwargs in microbatches(name, batch):
+            found.append(model(ids, **kwargs, use_cache=False).logits)
+            token_loss(found[-1], ids).backward()
+        logits.append(torch.cat(found).detach())
+    return {n: p.grad for n, p in model.named_parameters(remove_duplicate=False)}, logits
+
+
+def run_chain(stages: list[nn.Module], ids: Tensor, kwargs: dict[str, Tensor]) -> Any:
+    values: Any = (ids,)
+    for stage in stages:
+        result = stage(*values, **kwargs, **({"input_ids": ids} if kwargs else {}))
+        values = result if isinstance(result, tuple) else (result,)
+    return values[0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stages_in_a_row_equal_the_unsplit_model(name: str) -> None:
+    wanted, logits = unsplit(name)
+    stages = split(copy.deepcopy(model_of(name)), 2 if name == "qwen3_vl" else 3)
+    for batch, want in zip(batches_of(name), logits, strict=True):
+        found = []
+        for ids, kwargs in microbatches(name, batch):
+            found.append(run_chain(stages, ids, kwargs))
+            token_loss(found[-1], ids).backward()
+        assert relative_error(torch.cat(found), want) < TOLERANCE
+    assert wrong_gradients(stages, wanted) == []
+    assert sum(g is not None for n, g in wanted.items() if "vision" in n or "visual" in n) > 4
+
+
+# Over processes
+
+
+def _build(name: str, schedule: str, static: bool, world_size: int) -> Pipeline:
+    mesh = data_and_pipeline_mesh(world_size)
+    return pipeline_model(
+        copy.deepcopy(model_of(name)),
+        mesh,
+        None,
+        pp_axis_name="pp",
+        dp_axis_names=("dp",),
+        layers_per_stage=None,
+        pipeline_parallel_schedule_csv=None,
+        pipeline_parallel_schedule=schedule,
+        microbatch_size=2,
+        local_batch_size=2 * MICROBATCHES,
+        device=torch.device("cpu"),
+        loss_fn=token_loss,
+        seq_len=SEQ if static else None,
+    )
+
+
+def _step(pipeline: Pipeline, ids: Tensor, kwargs: dict[str, Tensor], **options: Any) -> Any:
+    run = pipeline.schedule.eval if options.pop("eval", False) else pipeline.schedule.step
+    return run(
+        *((ids,) if pipeline.has_first_stage else ()),
+        target=ids if pipeline.has_last_stage else None,
+        **kwargs,
+        **options,
+    )
+
+
+def _equals_unsplit(
+    rank: int, world_size: int, names: list[str], schedule: str, static: bool
+) -> list[str]:
+    wrong = []
+    for name in names:
+        wanted, logits = unsplit(name)
+        pipeline = _build(name, schedule, static, world_size)
+        for index, (batch, want) in enumerate(zip(batches_of(name), logits, strict=True)):
+            outputs = [_step(pipeline, *batch[:2])]
+            if index < 2 and not (static and schedule == "GPipe" and name != "mllama"):
+                outputs.append(_step(pipeline, *batch[:2], eval=True))
+            if pipeline.has_last_stage:
+                errors = [relative_error(output, want) for output in outputs]
+                wrong += [f"{name}: logits off by {e:.1e}" for e in errors if e > TOLERANCE]
+        wrong += [f"{name}: {text}" for text in wrong_gradients(pipeline.model_parts, wanted)]
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("schedule", "static", "names"),
+    [
+        ("GPipe", True, sorted(FAMILIES)),
+        ("Interleaved1F1B", False, ["llava", "mllama", "qwen2_vl"]),
+        ("ZBVZeroBubble", True, ["idefics3", "mllama"]),
+    ],
+)
+def test_a_pipeline_equals_the_unsplit_model(schedule: str, static: bool, names: list[str]) -> None:
+    assert run_ranks(_equals_unsplit, 2, args=(names, schedule, static), timeout_s=120) == [[], []]
+
+
+def _refusals(rank: int, world_size: int) -> list[str]:
+    """What each rank is told: media on one rank only, a cut inside of deepstack."""
+    told = []
+    pipeline = _build("llava", "GPipe", True, world_size)
+    ids, kwargs = vision_batch("llava")
+    for odd in (
+        {} if rank else kwargs,
+        {**kwargs, "pixel_values": kwargs["pixel_values"][rank:]},
+        {**kwargs, "pixel_values": kwargs["pixel_values"][1:]},
+        {**kwargs, "attention_mask": torch.ones(3, SEQ)},
+    ):
+        _step(pipeline, ids, kwargs)
+        with pytest.raises(PipelineConfigError) as caught:
+            _step(pipeline, ids, odd)
+        told.append(str(caught.value))
+    deep = _build("qwen3_vl", "Interleaved1F1B", True, world_size)
+    with pytest.raises(PipelineConfigError) as caught:
+        _step(deep, *vision_batch("qwen3_vl"))
+    return [*told, str(caught.value)]
+
+
+def test_every_rank_is_told_what_is_wrong() -> None:
+    first, second = run_ranks(_refusals, 2)
+    assert first == second
+    missing, shapes, count, mask, deepstack = first
+    assert "pixel_values is [4, 3, 8, 8] torch.float64 on rank 0 and missing on rank 1" in missing
+    assert "[3, 3, 8, 8]" in shapes
+    assert "pixel_values of shape [3, 3, 8, 8]" in count
+    assert "attention_mask of shape [3, 32]" in mask
+    assert "get_pipeline_kwargs_chunk_dims" in mask
+    assert "Qwen3VLForConditionalGeneration cannot be cut before layer 1" in deepstack
+    assert "before the layers [2, 3]" in deepstack
+
+
+# What stages have no use for
+
+
+def test_later_stages_leave_pixels_out_where_nothing_depends_on_them() -> None:
+    """Their encoders are NaN: a run of one would be waste."""
+    for name, dropped in (("gemma3", {"pixel_values"}), ("mllama", set())):
+        first, second = split(copy.deepcopy(model_of(name)), 2)
+        ids, kwargs = microbatches(name, batches_of(name)[0])[0]
+        run_chain([first, second], ids, kwargs)
+        (kind,) = second.__dict__["_hfpp_kinds"].values()
+        assert kind.dropped == dropped
+        assert not first.__dict__["_hfpp_kind"].dropped
+
+
+def test_media_without_ids_on_a_later_stage_are_refused() -> None:
+    first, second = split(copy.deepcopy(model_of("llava")), 2)
+    ids, kwargs = microbatches("llava", batches_of("llava")[0])[0]
+    with pytest.raises(PipelineConfigError, match="pass input_ids by keyword to every stage"):
+        second(first(ids, **kwargs), **kwargs)
+
+
+# Splitting
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("turn", [0, 1, 2])
+def test_media_follow_their_samples(name: str, turn: int) -> None:
+    counts = FAMILIES[name].counts[turn:] + FAMILIES[name].counts[:turn]
+    ids, kwargs = vision_batch(name, counts, left_padded=turn == 1)
+    features = partial(feature_lengths, anatomy_of(name))
+    pieces = split_keywords(kwargs, 2, batch=4, ids=ids, model=model_of(name), features=features)
+    for piece, (_, wanted) in zip(pieces, microbatches(name, (ids, kwargs, counts)), strict=True):
+        found = {key: value for key, value in piece.items() if value is not None}
+        assert set(found) == set(wanted)
+        for key, value in found.items():
+            assert torch.equal(value, wanted[key]), key
+
+
+class Declares(nn.Module):
+    """Says where the batch is."""
+
+    def get_pipeline_kwargs_chunk_dims(self) -> dict[str, int | None]:
+        return {"memory": 1, "table": None}
+
+
+def test_arguments_are_cut_where_the_batch_is() -> None:
+    memory, table = torch.randn(3, 4, 5), torch.randn(7)
+    positions = torch.arange(3 * 4 * 6).reshape(3, 4, 6)
+    kwargs = {"memory": memory, "table": table, "position_ids": positions, "flag": True,
+              "mask": {"full": torch.ones(4, 1, 6, 6)}, "scale": torch.tensor(2.0)}  # fmt: skip
+    first, second = split_keywords(kwargs, 2, batch=4, model=Declares())
+    assert torch.equal(first["memory"], memory[:, :2])
+    assert torch.equal(second["memory"], memory[:, 2:])
+    assert second["table"] is table
+    assert torch.equal(second["position_ids"], positions[:, 2:])
+    assert second["mask"]["full"].shape == (2, 1, 6, 6)
+    assert (first["flag"], float(second["scale"])) == (True, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "told"),
+    [
+        ({"cu_seq_lens_q": torch.arange(6)}, r"cu_seq_lens_q of shape \[6\]"),
+        ({"position_ids": torch.ones(3, 2, 8)}, r"position_ids of shape \[3, 2, 8\]"),
+        ({"memory": torch.ones(4, 3)}, r"memory of shape \[4, 3\].*dimension 1 is the batch"),
+        ({"mask": {"full": torch.ones(2, 8)}}, r"mask of shape \[2, 8\]"),
+    ],
+)
+def test_an_argument_that_cannot_be_cut_is_refused(kwargs: dict[str, Any], told: str) -> None:
+    with pytest.raises(PipelineConfigError, match=told):
+        split_keywords(kwargs, 2, batch=4, model=Declares())
+
+
+def test_a_loss_sees_frozen_encoders_as_they_are() -> None:
+    """No gradient where none is wanted; the projector's as in the unsplit model."""
+    model = copy.deepcopy(model_of("llava"))
+    for parameter in model.model.vision_tower.parameters():
+        parameter.requires_grad_(False)
+    ids, kwargs = microbatches("llava", batches_of("llava")[0])[0]
+    whole = copy.deepcopy(model)
+    unsplit_loss(whole, ids, kwargs).backward()
+    stages = split(model, 2)
+    token_loss(run_chain(stages, ids, kwargs), ids).backward()
+    assert wrong_gradients(stages, {n: p.grad for n, p in whole.named_parameters()}) == []
+    assert whole.model.multi_modal_projector.linear_1.weight.grad is not None
