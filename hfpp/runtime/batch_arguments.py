@@ -11,7 +11,7 @@ from torch import nn
 
 from hfpp.errors import PipelineConfigError
 from hfpp.runtime import torch_compat as compat
-from hfpp.runtime.input_kinds import InputKind, check_kind, feature_lengths, find_kind
+from hfpp.runtime.input_kinds import InputKind, check_kind, feature_lengths, find_kind, remember
 from hfpp.runtime.input_kinds import further_arguments as further_of
 from hfpp.runtime.paths import walk_tensors
 from hfpp.runtime.split_keywords import split_keywords
@@ -38,6 +38,7 @@ class BatchArguments:
         self._schedule = schedule
         self._crossing: Crossing | None = None  # where it is not what token ids alone give
         self._before: list[tuple[Any, Any]] = []  # the stages' metadata and builders for ids alone
+        self._checked: dict[int, tuple[InputKind, bool]] = {}  # and whether other values cross
 
     def microbatches(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int | None
@@ -91,6 +92,14 @@ class BatchArguments:
         self._prepare(stages, boundary, anatomy, split, cast_dtype(model))
         return split
 
+    def shapes_were_reset(self) -> None:
+        """Others have told the stages their shapes anew: those for token ids alone."""
+        for stage, (_, builder) in zip(
+            compat.local_stages(self._schedule), self._before, strict=False
+        ):
+            stage.dw_builder = builder
+        self._crossing, self._before = None, []
+
     def _prepare(
         self,
         stages: Sequence[PipelineStage],
@@ -111,8 +120,10 @@ class BatchArguments:
                 crossings.append(None)
                 continue
             found = find_kind(anatomy, ids, keywords, dtype)
-            check_kind(found, ownership)
-            if not _differs(found.anatomy, cuts):
+            if id(found) not in self._checked:
+                check_kind(found, ownership)
+                remember(self._checked, id(found), (found, _differs(found.anatomy, cuts)))
+            if not self._checked[id(found)][1]:
                 crossings.append(None)
                 continue
             kind = find_kind(anatomy, ids, keywords, dtype, exact=True)

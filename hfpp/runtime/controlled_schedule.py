@@ -150,6 +150,10 @@ class ControlledSchedule(compat.PreparedSchedule):
         """The keyword arguments of a batch, cut where its samples are: in training and in eval."""
         return self._arguments.microbatches(args, kwargs, self._rows)
 
+    def shapes_were_reset(self) -> None:
+        """The stages have new shapes, for batches of token ids alone."""
+        self._arguments.shapes_were_reset()
+
     def _has_last_stage(self) -> bool:
         return any(stage.is_last for stage in compat.local_stages(self))
 

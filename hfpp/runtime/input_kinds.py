@@ -82,14 +82,22 @@ def find_kind(
     kind = text.kinds.get(key)
     if kind is None:
         kind = _find(text, ids, kwargs, further, dtype)
-        text.kinds[(*key[:2], sizes)] = kind
+        remember(text.kinds, (*key[:2], sizes), kind)
         if len(key) == 2:
-            text.kinds[key] = _SIZED if _depends_on_sizes(kind.anatomy) else kind
+            remember(text.kinds, key, _SIZED if _depends_on_sizes(kind.anatomy) else kind)
     assert isinstance(kind, InputKind)
     return kind
 
 
 _SIZED = "known by its sizes"
+_KEPT = 64
+
+
+def remember(known: dict[Any, Any], key: Any, value: Any) -> None:
+    """Keep ``value`` under ``key``, and forget the oldest beyond a number: sizes may never end."""
+    known[key] = value
+    if len(known) > _KEPT:
+        del known[next(iter(known))]
 
 
 def check_kind(kind: InputKind, ownership: Ownership) -> None:
@@ -147,7 +155,7 @@ def feature_lengths(
         return _ask(text, modality, arguments)  # without sizes it may depend on the pixels
     key: Signature = ("features", modality, _shapes(arguments), _small_values(arguments))
     if key not in text.kinds:
-        text.kinds[key] = _ask(text, modality, arguments)
+        remember(text.kinds, key, _ask(text, modality, arguments))
     found: list[int] | None = text.kinds[key]
     return found
 

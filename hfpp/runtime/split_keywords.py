@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.distributed.pipelining.microbatch import split_args_kwargs_into_chunks
+from torch.distributed.pipelining.microbatch import TensorChunkSpec, split_args_kwargs_into_chunks
 from torch.nn.attention.flex_attention import BlockMask
 
 from hfpp.errors import PipelineConfigError
@@ -143,6 +143,11 @@ class _Splitter:
         return rows == self.batch if self.batch is not None else rows > 0 and rows % self.n == 0
 
     def _chunks(self, value: Any, dim: int) -> list[Any]:
+        if isinstance(value, torch.Tensor):
+            spec = {"value": TensorChunkSpec(dim)}  # type: ignore[no-untyped-call]
+            chunks = split_args_kwargs_into_chunks((), {"value": value}, self.n, None, spec)[1]
+            return [chunk["value"] for chunk in chunks]
+
         def part(tensor: torch.Tensor, index: int) -> torch.Tensor:
             return tensor.tensor_split(self.n, dim)[index]
 

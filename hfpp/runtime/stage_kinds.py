@@ -12,7 +12,7 @@ from hfpp.errors import PipelineConfigError
 from hfpp.runtime.anatomy import IDS
 from hfpp.runtime.hollow import HollowRole, Running
 from hfpp.runtime.hollow_modules import HollowModule
-from hfpp.runtime.input_kinds import InputKind, check_kind, find_kind, further_arguments
+from hfpp.runtime.input_kinds import InputKind, check_kind, find_kind, further_arguments, remember
 from hfpp.runtime.stage_boundary import cast_dtype
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def kind_for(stage: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 
 def _known_kind(stage: nn.Module, boundary: StageBoundary, found: InputKind) -> StageKind:
-    kinds: dict[int, StageKind] = stage.__dict__["_hfpp_kinds"]
+    kinds: dict[Any, StageKind] = stage.__dict__["_hfpp_kinds"]
     kind = kinds.get(id(found.anatomy))
     if kind is None:
         assert boundary.ownership is not None
@@ -150,5 +150,5 @@ def _known_kind(stage: nn.Module, boundary: StageBoundary, found: InputKind) -> 
             dropped=dropped,
             encoders={name: HollowModule(found.anatomy, name) for name in names},
         )
-        kinds[id(found.anatomy)] = kind
+        remember(kinds, id(found.anatomy), kind)
     return kind

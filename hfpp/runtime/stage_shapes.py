@@ -50,6 +50,8 @@ def reset_pp_stage_shapes(
     for stage in stages:
         compat.forget_infrastructure(stage)
     compat.forget_initialization(schedule)
+    if isinstance(schedule, compat.PreparedSchedule):
+        schedule.shapes_were_reset()
     return _apply(stages, metas, microbatch_size * seq_len)
 
 

@@ -200,6 +200,9 @@ class PreparedSchedule(_Base):
         """The keyword arguments of a batch, cut into microbatches."""
         raise NotImplementedError
 
+    def shapes_were_reset(self) -> None:
+        """Told when the stages were given new shapes."""
+
     def _split_inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[list[Any], list[Any]]:

@@ -23,6 +23,7 @@ from tests.vision_models import (
     FAMILIES,
     IMAGE,
     SEQ,
+    VIDEO,
     microbatch,
     tiny_vision_model,
     token_loss,
@@ -104,7 +105,7 @@ def test_stages_in_a_row_equal_the_unsplit_model(name: str) -> None:
 
 
 def _build(name: str, schedule: str, static: bool, world_size: int) -> Pipeline:
-    mesh = data_and_pipeline_mesh(world_size)
+    mesh = data_and_pipeline_mesh(world_size, world_size)
     return pipeline_model(
         copy.deepcopy(model_of(name)),
         mesh,
@@ -151,15 +152,19 @@ def _equals_unsplit(
 
 
 @pytest.mark.parametrize(
-    ("schedule", "static", "names"),
+    ("schedule", "static", "names", "world_size"),
     [
-        ("GPipe", True, sorted(FAMILIES)),
-        ("Interleaved1F1B", False, ["llava", "mllama", "qwen2_vl"]),
-        ("ZBVZeroBubble", True, ["idefics3", "mllama"]),
+        ("GPipe", True, sorted(FAMILIES), 2),
+        ("Interleaved1F1B", False, ["llava", "mllama", "qwen2_vl"], 2),
+        ("ZBVZeroBubble", True, ["idefics3", "mllama"], 2),
+        ("1F1B", True, ["llava_onevision"], 1),
     ],
 )
-def test_a_pipeline_equals_the_unsplit_model(schedule: str, static: bool, names: list[str]) -> None:
-    assert run_ranks(_equals_unsplit, 2, args=(names, schedule, static), timeout_s=120) == [[], []]
+def test_a_pipeline_equals_the_unsplit_model(
+    schedule: str, static: bool, names: list[str], world_size: int
+) -> None:
+    found = run_ranks(_equals_unsplit, world_size, args=(names, schedule, static), timeout_s=120)
+    assert found == [[]] * world_size
 
 
 def _refusals(rank: int, world_size: int) -> list[str]:
@@ -232,6 +237,24 @@ def test_media_follow_their_samples(name: str, turn: int) -> None:
         assert set(found) == set(wanted)
         for key, value in found.items():
             assert torch.equal(value, wanted[key]), key
+
+
+def test_videos_and_images_are_counted_apart() -> None:
+    ids, kwargs = vision_batch("qwen2_vl", (1, 0, 2, 1))
+    grids = torch.tensor([[2, 2, 2], [1, 4, 4]])
+    ids[1, 1:3], ids[2, 20:24] = VIDEO, VIDEO
+    videos = torch.randn(8 + 16, 96)
+    kwargs |= {"pixel_values_videos": videos, "video_grid_thw": grids}
+    first, second = split_keywords(kwargs, 2, batch=4, ids=ids, model=model_of("qwen2_vl"))
+    assert torch.equal(first["pixel_values_videos"], videos[:8])
+    assert torch.equal(second["pixel_values_videos"], videos[8:])
+    assert torch.equal(second["video_grid_thw"], grids[1:])
+    assert len(first["image_grid_thw"]) == 1
+    assert len(second["image_grid_thw"]) == 3
+    alone = {"pixel_values_videos": videos[:8], "video_grid_thw": grids[:1]}
+    ids[2, 20:24] = 5
+    first, second = split_keywords(alone, 2, batch=4, ids=ids, model=model_of("qwen2_vl"))
+    assert second == {"pixel_values_videos": None, "video_grid_thw": None}
 
 
 class Declares(nn.Module):
