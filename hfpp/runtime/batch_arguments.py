@@ -20,7 +20,7 @@ from hfpp.runtime.stage_boundary import boundary_of, cast_dtype, unwrapped
 if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage
 
-    from hfpp.runtime.anatomy import Anatomy
+    from hfpp.runtime.anatomy import Anatomy, TensorLike
     from hfpp.runtime.stage_boundary import StageBoundary
 
 Crossing = tuple[tuple[tuple[tuple[int, ...], torch.dtype], ...], ...]
@@ -38,6 +38,7 @@ class BatchArguments:
         self._schedule = schedule
         self._crossing: Crossing | None = None  # where it is not what token ids alone give
         self._before: list[tuple[Any, Any]] = []  # the stages' metadata and builders for ids alone
+        self._given: bool | None = None  # whether the stages were told their shapes
         self._checked: dict[int, tuple[InputKind, bool]] = {}  # and whether other values cross
 
     def microbatches(
@@ -58,6 +59,8 @@ class BatchArguments:
                 model's cuts do not allow: the same on every rank.
         """
         stages = compat.local_stages(self._schedule)
+        if self._given is None:
+            self._given = all(map(compat.has_static_metadata, stages))
         n = compat.microbatch_count(self._schedule)
         module = stages[0].submod
         boundary = boundary_of(module) if isinstance(module, nn.Module) else None
@@ -80,7 +83,7 @@ class BatchArguments:
         )
         if not further or anatomy is None or boundary is None or stages[0].num_stages == 1:
             if anatomy is not None:
-                self._fit(stages, None)
+                self._fit(stages, None, None, None)
             return split
         if ids is None:
             raise PipelineConfigError(
@@ -98,7 +101,7 @@ class BatchArguments:
             compat.local_stages(self._schedule), self._before, strict=False
         ):
             stage.dw_builder = builder
-        self._crossing, self._before = None, []
+        self._crossing, self._before, self._given = None, [], True
 
     def _prepare(
         self,
@@ -113,7 +116,7 @@ class BatchArguments:
         assert ownership is not None
         cuts = [layers.start for layers in ownership.layers[1:]]
         crossings: list[Crossing | None] = []
-        kind = None
+        exact = dtype if dtype is not None else anatomy.dtype
         for keywords in split:
             ids = keywords[anatomy.ids_name]
             if not further_of(keywords, anatomy.ids_name):
@@ -123,11 +126,14 @@ class BatchArguments:
             if id(found) not in self._checked:
                 check_kind(found, ownership)
                 remember(self._checked, id(found), (found, _differs(found.anatomy, cuts)))
-            if not self._checked[id(found)][1]:
+            if self._checked[id(found)][1]:
+                found = find_kind(anatomy, ids, keywords, dtype, exact=True)
+                crossings.append(_crossing(found.anatomy, cuts))
+            elif self._given or compat.infers_from_real_inputs(stages[0]):
                 crossings.append(None)
-                continue
-            kind = find_kind(anatomy, ids, keywords, dtype, exact=True)
-            crossings.append(_crossing(kind.anatomy, cuts))
+            else:
+                sizes = (ids.shape[0], ids.shape[1], exact)
+                crossings.append(_usual(anatomy, cuts, *sizes))
         odd = next((i for i, found in enumerate(crossings) if found != crossings[0]), None)
         if odd is not None:
             raise PipelineConfigError(
@@ -136,44 +142,46 @@ class BatchArguments:
                 f"{_shown(crossings[0])}), but the shapes of all microbatches of a step must be "
                 f"the same: give every microbatch media of the same padded size."
             )
-        self._fit(stages, kind)
+        ids = split[0][anatomy.ids_name]
+        output = anatomy.output_meta(ids.shape[0], ids.shape[1], exact)
+        self._fit(stages, crossings[0], ids, output)
 
-    def _fit(self, stages: Sequence[PipelineStage], kind: InputKind | None) -> None:
+    def _fit(
+        self,
+        stages: Sequence[PipelineStage],
+        crossing: Crossing | None,
+        ids: torch.Tensor | None,
+        output: TensorLike | None,
+    ) -> None:
         """Set the stages up for what crosses; the same on all ranks, for the same batch."""
-        cuts: list[int] = []
-        for stage in stages:
-            boundary = boundary_of(stage.submod)
-            if boundary is not None and boundary.ownership is not None:
-                cuts = [layers.start for layers in boundary.ownership.layers[1:]]
-        crossing = None if kind is None else _crossing(kind.anatomy, cuts)
         if crossing == self._crossing:
             return
         if self._crossing is None:
-            self._before = [(compat.static_metadata(s), s.dw_builder) for s in stages]
+            self._before = [
+                (compat.static_metadata(s) if self._given else None, s.dw_builder) for s in stages
+            ]
         for stage, (metadata, builder) in zip(stages, self._before, strict=True):
             compat.forget_infrastructure(stage)
             compat.restore_metadata(stage, metadata)
             stage.dw_builder = builder
-            if crossing is not None:
-                _set_crossing(stage, crossing)
+            if crossing is not None and ids is not None and output is not None:
+                _set_crossing(stage, crossing, ids, output)
         compat.forget_initialization(self._schedule)
         self._crossing = crossing
 
 
-def _set_crossing(stage: PipelineStage, crossing: Crossing) -> None:
+def _set_crossing(
+    stage: PipelineStage, crossing: Crossing, ids: torch.Tensor, output: TensorLike
+) -> None:
     ends = [] if stage.is_first else [crossing[stage.stage_index - 1]]
     ends += [] if stage.is_last else [crossing[stage.stage_index]]
     if any(sum(dtype.is_floating_point for _, dtype in end) > 1 for end in ends):
         stage.dw_builder = _nothing_left
-    known = compat.static_metas(stage)
-    if known is None:
-        return  # shapes are found on the first step, with these arguments
-    inputs, outputs = known
-    if not stage.is_first:
-        inputs = _metas(crossing[stage.stage_index - 1])
-    if not stage.is_last:
-        outputs = _metas(crossing[stage.stage_index])
-    compat.set_static_metadata(stage, inputs, outputs)
+    taken = ((tuple(ids.shape), ids.dtype),)
+    given = ((output.shape, output.dtype),)
+    inputs = taken if stage.is_first else crossing[stage.stage_index - 1]
+    outputs = given if stage.is_last else crossing[stage.stage_index]
+    compat.set_static_metadata(stage, _metas(inputs), _metas(outputs))
 
 
 def _nothing_left() -> Any:
@@ -198,9 +206,15 @@ def _differs(anatomy: Anatomy, cuts: Sequence[int]) -> bool:
     """Whether other values or shapes cross than for token ids alone."""
     assert anatomy.text is not None
     sizes = (anatomy.batch, anatomy.seq, anatomy.dtype)
-    alone = [anatomy.text.slot_metas(cut, *sizes) for cut in cuts]
-    usual = tuple(tuple((meta.shape, meta.dtype) for meta in metas) for metas in alone)
-    return usual != _crossing(anatomy, cuts)
+    return _usual(anatomy.text, cuts, *sizes) != _crossing(anatomy, cuts)
+
+
+def _usual(
+    text: Anatomy, cuts: Sequence[int], batch: int, seq: int, dtype: torch.dtype
+) -> Crossing:
+    """What crosses for token ids alone."""
+    metas = [text.slot_metas(cut, batch, seq, dtype) for cut in cuts]
+    return tuple(tuple((meta.shape, meta.dtype) for meta in each) for each in metas)
 
 
 def _shown(crossing: Crossing | None) -> str:

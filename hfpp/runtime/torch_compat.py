@@ -43,6 +43,7 @@ __all__ = [
     "forward",
     "hand_over",
     "has_static_metadata",
+    "infers_from_real_inputs",
     "initialize",
     "is_forward_initialized",
     "is_initialized",
@@ -59,7 +60,6 @@ __all__ = [
     "restore_metadata",
     "set_static_metadata",
     "static_metadata",
-    "static_metas",
     "split_batch",
     "splits_backward",
     "undisturbed",
@@ -343,34 +343,19 @@ def static_metadata(stage: object) -> Any:
 
 
 def restore_metadata(stage: object, metadata: Any) -> None:
-    """Gives a stage back what `static_metadata` had found."""
+    """Gives a stage back what `static_metadata` had found; None: it is to infer its shapes."""
     target = cast("Any", stage)
     if hasattr(stage, "_user_meta"):
-        target._user_meta = metadata
+        target._user_meta = type(target._user_meta)() if metadata is None else metadata
+    elif metadata is None:
+        _forget_inferred(stage)
     elif hasattr(stage, "inputs_meta"):
         target.inputs_meta, target._outputs_meta = metadata
 
 
-def static_metas(
-    stage: object,
-) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]] | None:
-    """The inputs and outputs that a stage was told of, on the meta device; None: it was not."""
-    if not has_static_metadata(stage):
-        return None
-    target = cast("Any", stage)
-    if hasattr(stage, "_user_meta"):
-        meta = target._user_meta
-        return _as_tensors(meta.inputs), _as_tensors(meta.outputs)
-    return tuple(target.inputs_meta), tuple(target._outputs_meta)
-
-
-def _as_tensors(metas: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(
-        torch.empty_strided(
-            m.shape, m.stride, dtype=m.dtype, device="meta", requires_grad=m.requires_grad
-        )
-        for m in metas
-    )
+def infers_from_real_inputs(stage: object) -> bool:
+    """Whether the first stage finds its shapes with the batch itself, not with zeros like it."""
+    return hasattr(stage, "_user_meta")
 
 
 def has_static_metadata(stage: object) -> bool:
