@@ -30,12 +30,15 @@ class Slot:
 
     ``key`` is equal at two cuts that the same value crosses. ``uses``: (layer, path in the call's
     ``(args, kwargs)``) of every layer from the cut on that takes the value; none for the token ids.
+    ``read_outside``: whether the model's code between the layers reads the first layer's argument
+    again, as a loop does that adds residuals or collects states by itself.
     """
 
     key: Any
     shape: tuple[int, ...]
     dtype: torch.dtype
     uses: tuple[tuple[int, Path], ...]
+    read_outside: bool = False
 
     @property
     def is_floating(self) -> bool:
@@ -114,6 +117,7 @@ class Anatomy:
     def size(self) -> int:
         """Nodes of the graph and modules of the skeleton: what an anatomy's memory grows with."""
         return len(self._trace.graph) + sum(1 for _ in self.skeleton.modules())
+
     def first_called(self, cut: int) -> int:
         """The first layer from ``cut`` on that the forward calls.
 
@@ -239,10 +243,11 @@ class Anatomy:
                 if crosses or value.key == hidden.key:
                     found.setdefault(value.key, value)
                     uses.setdefault(value.key, []).append((layer, value.path))
+        read = self._read_outside(cut, {value.node for value in found.values()})
         slots = [
-            Slot(key, value.shape, value.dtype, tuple(uses[key])) for key, value in found.items()
+            Slot(key, value.shape, value.dtype, tuple(uses[key]), value.node in read)
+            for key, value in found.items()
         ]
-        self._refuse_glue(cut, {value.node for value in found.values()})
         shape = slots[0].shape
         if self.text is not None:  # further arguments come with the ids, on every stage
             ids_cross = any(slot.key == IDS for slot in self.text.slots(wanted))
@@ -252,15 +257,25 @@ class Anatomy:
             slots.append(Slot(IDS, (self.batch, self.seq), torch.int64, ()))
         return tuple(slots)
 
-    def _refuse_glue(self, cut: int, stops: set[int]) -> None:
-        """Code between or after later layers that reads a value from before the cut."""
-        graph, facts = self._trace.graph, self._facts
-        first = self._layer_calls[cut].first_node
+    def _read_outside(self, cut: int, stops: set[int]) -> set[int]:
+        """What is made before the cut and read by code between or after the layers behind it.
+
+        An argument of the first layer can be written where that code looks for it. Of anything else
+        no stage but its own knows more than that it exists.
+
+        Raises:
+            PipelineConfigError: for anything else.
+        """
+        graph, facts, call = self._trace.graph, self._facts, self._layer_calls[cut]
+        first, read = call.first_node, set[int]()
         if not any(parent < first <= node for node, parent in facts.outer_edges):
-            return
+            return read
+        arguments = {value.node for value in call.inputs}
         reached = graph.reach([self._output_node], stops)
         for node, parent in facts.outer_edges:
-            if parent < first <= node and node in reached:
+            if not (parent < first <= node and node in reached):
+                continue
+            if parent not in arguments:
                 raise PipelineConfigError(
                     f"{self.model_name} cannot be cut before layer {cut} of "
                     f"{self.layers_name!r}: its forward uses a value made before that layer "
@@ -268,6 +283,8 @@ class Anatomy:
                     f"{graph.labels[parent]}). Keep the layers on one stage (pipeline size 1), "
                     f"or cut elsewhere."
                 )
+            read.add(parent)
+        return read
 
 
 @dataclass(slots=True)

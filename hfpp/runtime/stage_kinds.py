@@ -30,6 +30,7 @@ class OwnRole:
     layer: int
     hidden_path: Path
     injections: tuple[tuple[int, Path], ...]  # (position among the incoming slots, where)
+    writes: tuple[tuple[int, Path], ...] = ()  # those that are written into the argument itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ def stage_kind(boundary: StageBoundary, running: Running) -> StageKind:
     slots_in, slots_out = boundary.slots_in(), boundary.slots_out()
     known = {slot.key for slot in slots_in}
     captures: dict[int, list[tuple[int, Path]]] = {}
+    entry = anatomy.first_called(boundary.layers.start) if slots_in else None
     last = -1 if boundary.is_last else anatomy.first_called(boundary.layers.stop)
     for position, slot in enumerate(slots_out):
         if slot.key not in known and slot.key != IDS:
@@ -69,14 +71,16 @@ def stage_kind(boundary: StageBoundary, running: Running) -> StageKind:
     injected: set[int] = set()
     for index, call in anatomy.calls.items():
         if index in boundary.layers:
-            injections = tuple(
+            taken = [
                 (position, path)
                 for position, slot in enumerate(slots_in)
                 for used_by, path in slot.uses
                 if used_by == index
-            )
-            if injections:
-                roles[index] = OwnRole(running, index, call.hidden_path, injections)
+            ]
+            if taken:
+                writes = tuple(p for p in taken if index == entry and slots_in[p[0]].read_outside)
+                injections = tuple(p for p in taken if p not in writes)
+                roles[index] = OwnRole(running, index, call.hidden_path, injections, writes)
                 injected.add(index)
         else:
             roles[index] = HollowRole(

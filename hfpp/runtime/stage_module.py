@@ -21,6 +21,7 @@ from hfpp.runtime.paths import get_at, set_at
 from hfpp.runtime.stage_kinds import OwnRole, StageKind, kind_for, stage_kind, use_kind
 
 if TYPE_CHECKING:
+    from hfpp.runtime.paths import Path
     from hfpp.runtime.stage_boundary import StageBoundary
 
 _MARK = "_hfpp_received"
@@ -56,6 +57,7 @@ def _with_received(layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
     if received is not None:
         setattr(dummy, _MARK, (received, role))
         role.running.injected.add(role.layer)
+        _write_arguments(layer, (args, kwargs), role.writes, received)
     else:
         received, role = getattr(dummy, _MARK, (None, role))
     if role.running.with_gradients and not torch.is_grad_enabled():
@@ -73,6 +75,30 @@ def _with_received(layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
     for position, path in role.injections:
         call = set_at(call, path, received[position])
     return call[0], call[1]
+
+
+def _write_arguments(
+    layer: nn.Module,
+    call: tuple[Any, Any],
+    writes: tuple[tuple[int, Path], ...],
+    received: tuple[Any, ...],
+) -> None:
+    """Write what was received into the tensors themselves that the model's code made.
+
+    A loop that adds residuals or collects states by itself looks at its own variables again.
+    """
+    storages: dict[int, int] = {}
+    for position, path in writes:
+        argument, value = get_at(call, path), received[position]
+        storage = argument.untyped_storage().data_ptr()
+        if argument.shape != value.shape or storages.setdefault(storage, position) != position:
+            raise RuntimeError(
+                f"a {type(layer).__name__} of a pipeline stage is called with other arguments than "
+                f"when the model was split: its {list(argument.shape)} tensor is to hold a value "
+                f"of {list(value.shape)} that the model's code reads again, apart from all others. "
+                f"Keep the layers on one stage (pipeline size 1)."
+            )
+        argument.copy_(value)
 
 
 class _OwnGradients(torch.autograd.Function):
