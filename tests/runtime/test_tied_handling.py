@@ -19,6 +19,7 @@ from hfpp import PipelineConfigError
 from hfpp.runtime.anatomy import find_anatomy
 from hfpp.runtime.pipeline import Pipeline
 from hfpp.runtime.stage_boundary import own_layers
+from hfpp.runtime.tied_weights import _number_of
 from tests.models import VOCAB, tiny_model
 from tests.ranks import run_ranks
 from tests.runtime.real_pipelines import (
@@ -294,6 +295,18 @@ def test_shards_of_a_layer_at_two_places() -> None:
         assert "blocks.0.norm.weight = blocks.1.norm.weight of stage 0" in message
         assert "fully_shard([" in message
         assert wrong == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.complex128])
+@pytest.mark.parametrize("size", [0, 1, 3, 16])
+def test_the_number_of_a_tensor_follows_every_bit(dtype: torch.dtype, size: int) -> None:
+    tensor = torch.randn(size + 1, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for part in (tensor[1:], tensor[:-1].clone()):  # the first is not aligned
+        assert torch.equal(_number_of(part), _number_of(part.clone()))
+        for index in range(part.nbytes):
+            other = part.clone()
+            other.view(torch.uint8)[index] ^= 1
+            assert not torch.equal(_number_of(part), _number_of(other))
 
 
 @pytest.mark.parametrize("family", ["llama", "zamba2"])
