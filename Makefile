@@ -11,7 +11,7 @@ SANITIZE := build/sanitize
 
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
-.PHONY: help setup demo test bench lint format sanitize wheel-check clean
+.PHONY: help setup demo test sweep bench lint format sanitize wheel-check clean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ demo: setup  ## Train a small model over four pipeline ranks and check it agains
 
 test: setup  ## Run the tests.
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+sweep: setup  ## Split every class of transformers, compare, and write docs/architectures.md.
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.sweep
 
 bench: setup  ## Run the benchmarks and write their tables to bench/results.
 	@for script in bench/bench_*.py; do \

@@ -125,7 +125,9 @@ def choose_layers(
     """Choose `layers` layers, or more where fewer would lose a kind of layer.
 
     Goes through the stack taking one of each kind, then on from there doing the same again: a
-    pattern (five windowed layers, then a full one) becomes a shorter pattern of the same kinds.
+    pattern (five windowed layers, then a full one) becomes a shorter pattern of the same kinds. The
+    last layer is of the last one's kind: a model may call some kinds for some inputs only, and
+    then ends with another.
     """
     name = count_name(attributes)
     if name is None:
@@ -141,6 +143,8 @@ def choose_layers(
         start = max(one_of_each) + 1
     unused = [index for index in range(total) if index not in chosen]
     chosen = sorted(chosen + unused[: wanted - len(chosen)])
+    if kinds[chosen[-1]] != kinds[-1]:
+        chosen.append(total - 1)
     for source_name, value in attributes.items():
         if _SOURCE.search(source_name) and _is_per_layer(value, total):
             chosen = sorted({*chosen, *(value[index] for index in chosen)})

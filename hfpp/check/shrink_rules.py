@@ -159,6 +159,15 @@ def _codebooks(change: Change) -> None:
     new["num_codebooks"] = min(old["num_codebooks"], 2)
 
 
+def _axial_positions(change: Change) -> None:
+    """Positions factored into two: in training a sequence has as many tokens as their product.
+
+    Hashes are drawn from a seed: without one no two runs are alike.
+    """
+    change.new["axial_pos_shape"] = type(change.old["axial_pos_shape"])((8, 8))
+    change.new["hash_seed"] = 0
+
+
 def _audio_convolution(change: Change) -> None:
     """What comes out of a strided convolution: its channels times the frequencies left."""
     old, new = change.old, change.new
@@ -186,6 +195,7 @@ _BY_MODEL_TYPE: Mapping[str, Rule] = {
     "musicgen_decoder": _codebooks,
     "musicgen_melody_decoder": _codebooks,
     "qwen2_vl_vision": _own_width,
+    "reformer": _axial_positions,
 }
 
 

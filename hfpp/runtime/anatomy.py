@@ -20,6 +20,8 @@ from hfpp.runtime.trace import Call, Trace, Value, run_hollow
 IDS = "input ids"
 """Key of the slot that carries the token ids themselves."""
 
+_ROWS = (3, 5, 7, 2, 11)
+_ROUND_ROWS = (8, 24, 40, 56)  # where several rows are one sample, such as one per codebook
 _MOST_RESIZED = 8  # runs of other sizes that an anatomy holds: each has a graph of its own
 _ONCE_PER_CALL = "as nn.ModuleList([layer] * calls) does with one set of weights"
 
@@ -240,10 +242,15 @@ class Anatomy:
                 continue
             for value in self._layer_calls[layer].inputs:
                 crosses = facts.computed[value.node] and facts.level[value.node] < cut
+                if crosses and self._is_made_again(cut, value.node):
+                    continue
                 if crosses or value.key == hidden.key:
                     found.setdefault(value.key, value)
                     uses.setdefault(value.key, []).append((layer, value.path))
-        read = self._read_outside(cut, {value.node for value in found.values()})
+        first_uses: dict[int, int] = {}
+        for key, value in found.items():
+            first_uses.setdefault(value.node, uses[key][0][0])
+        read = self._read_outside(cut, first_uses)
         slots = [
             Slot(key, value.shape, value.dtype, tuple(uses[key]), value.node in read)
             for key, value in found.items()
@@ -257,25 +264,45 @@ class Anatomy:
             slots.append(Slot(IDS, (self.batch, self.seq), torch.int64, ()))
         return tuple(slots)
 
-    def _read_outside(self, cut: int, stops: set[int]) -> set[int]:
-        """What is made before the cut and read by code between or after the layers behind it.
+    def _is_made_again(self, cut: int, node: int) -> bool:
+        """Whether a stage makes a value by itself, from the arguments of its first layer.
 
-        An argument of the first layer can be written where that code looks for it. Of anything else
-        no stage but its own knows more than that it exists.
+        A loop that collects states makes it between the layers, after the first was called.
+        """
+        call = self._layer_calls[cut]
+        if node < call.first_node:
+            return False
+        made_from = self._trace.graph.reach([node], {value.node for value in call.inputs})
+        return not any(n < call.first_node and self._facts.flows[n] for n in made_from)
+
+    def _read_outside(self, cut: int, first_uses: Mapping[int, int]) -> set[int]:
+        """Received values that code between or after the layers behind the cut reads, by node.
+
+        A layer's argument can be written where that code looks for it, once the layer is called. Of
+        anything else no stage but its own knows more than that it exists.
+
+        Args:
+            cut: the first layer behind the cut.
+            first_uses: the values that cross, each with the first layer behind the cut that takes
+                it.
 
         Raises:
             PipelineConfigError: for anything else.
         """
-        graph, facts, call = self._trace.graph, self._facts, self._layer_calls[cut]
-        first, read = call.first_node, set[int]()
-        if not any(parent < first <= node for node, parent in facts.outer_edges):
+        graph, facts, first = self._trace.graph, self._facts, self._layer_calls[cut].first_node
+        read = set[int]()
+        if not any(first <= node for node, _ in facts.outer_edges):
             return read
-        arguments = {value.node for value in call.inputs}
-        reached = graph.reach([self._output_node], stops)
+        reached = graph.reach([self._output_node], first_uses)
         for node, parent in facts.outer_edges:
-            if not (parent < first <= node and node in reached):
+            if (
+                node < first
+                or node not in reached
+                or (parent >= first and parent not in first_uses)
+            ):
                 continue
-            if parent not in arguments:
+            layer = first_uses.get(parent)
+            if layer is None or node < self._layer_calls[layer].first_node:
                 raise PipelineConfigError(
                     f"{self.model_name} cannot be cut before layer {cut} of "
                     f"{self.layers_name!r}: its forward uses a value made before that layer "
@@ -324,9 +351,19 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     return _KNOWN.find(model, _take_apart)
 
 
+class _ForwardFailedError(PipelineConfigError):
+    """The model's own code raised an error in the hollow run."""
+
+
 def _take_apart(model: nn.Module) -> Anatomy:
-    batch, seq = _run_sizes(model)
-    return _run(type(model).__name__, meta_skeleton(model), batch, seq)
+    name, skeleton = type(model).__name__, meta_skeleton(model)
+    try:
+        return _run(name, skeleton, *_run_sizes(model, _ROWS))
+    except _ForwardFailedError as error:
+        try:
+            return _run(name, skeleton, *_run_sizes(model, _ROUND_ROWS))
+        except PipelineConfigError:
+            raise error from None
 
 
 def anatomy_for(
@@ -386,7 +423,7 @@ def _run(name: str, skeleton: nn.Module, batch: int, seq: int) -> Anatomy:
     try:
         trace = run_hollow(skeleton, inputs, forward_constants(skeleton))
     except Exception as error:
-        raise PipelineConfigError(
+        raise _ForwardFailedError(
             f"{name} cannot be split: its forward failed on {ids_name} of shape [{batch}, {seq}] "
             f"without weights ({type(error).__name__}: {error}). Check that "
             f"model({ids_name}=...) runs with no other argument."
@@ -439,19 +476,19 @@ def first_argument(model: nn.Module) -> str:
     return "input_ids" if "input_ids" in parameters else parameters[0]
 
 
-def _run_sizes(model: nn.Module) -> tuple[int, int]:
+def _run_sizes(model: nn.Module, rows: tuple[int, ...]) -> tuple[int, int]:
     """A batch size and a sequence length that, like their product, are no size of the model."""
     taken = {size for parameter in model.parameters() for size in parameter.shape}
     config = getattr(model, "config", None)
     values: dict[str, Any] = getattr(config, "to_dict", dict)()
     taken |= {v for v in values.values() if isinstance(v, int)}
-    sizes = ((batch, seq) for seq in (13, *range(8, 40)) for batch in (3, 5, 7, 2, 11))
+    sizes = ((batch, seq) for seq in (13, *range(8, 40)) for batch in rows)
     free = (s for s in sizes if taken.isdisjoint((*s, s[0] * s[1])) and s[0] != s[1])
     found = next(free, None)
     if found is None:
         raise PipelineConfigError(
-            f"{type(model).__name__} cannot be split: no batch size up to 11 and sequence length "
-            f"up to 39 differs from all sizes of the model, which tells them apart."
+            f"{type(model).__name__} cannot be split: no batch size of {list(rows)} and sequence "
+            f"length up to 39 differs from all sizes of the model, which tells them apart."
         )
     return found
 
@@ -511,6 +548,13 @@ def _find_layers(name: str, skeleton: nn.Module, trace: Trace) -> str:
             f"{name} cannot be split: its forward calls the layers of {best!r} in the order "
             f"{_shortened(indices)}; a stage needs each layer once, in order. Register a layer "
             f"that is called again once per call, {_ONCE_PER_CALL}, in the order of the calls."
+        )
+    function = next((c.function for c in trace.calls if c.list_name == best and c.function), "")
+    if function:
+        raise PipelineConfigError(
+            f"{name} cannot be split: its forward calls the layers of {best!r} within a "
+            f"torch.autograd.Function ({function}), which computes their gradients by itself, all "
+            f"at once. Keep the layers on one stage (pipeline size 1)."
         )
     return best
 

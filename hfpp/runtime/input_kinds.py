@@ -32,11 +32,13 @@ class InputKind:
         anatomy: of the forward with them.
         lean_from: the first layer from which the forward takes the same way without ``media``.
         media: names of the floating arguments beyond the text's.
+        further: names of all arguments beyond the text's, for errors.
     """
 
     anatomy: Anatomy
     lean_from: int
     media: frozenset[str]
+    further: frozenset[str]
 
     def dropped(self, start: int) -> frozenset[str]:
         """What a stage that begins with layer ``start`` has no use for."""
@@ -114,7 +116,7 @@ def check_kind(kind: InputKind, ownership: Ownership) -> None:
                 anatomy.slots(layers.start)
             except PipelineConfigError as error:
                 raise PipelineConfigError(
-                    f"{error} That holds for batches with {', '.join(sorted(kind.media))}; the "
+                    f"{error} That holds for batches with {', '.join(sorted(kind.further))}; the "
                     f"cuts that they allow are before the layers {_possible_cuts(anatomy)}."
                 ) from error
     for stage, layers in enumerate(ownership.layers):
@@ -122,9 +124,9 @@ def check_kind(kind: InputKind, ownership: Ownership) -> None:
         missing = sorted(needed - ownership.outer[stage])
         if missing:
             raise PipelineConfigError(
-                f"{anatomy.model_name} with {', '.join(sorted(kind.media))} uses {missing[0]!r} on "
-                f"stage {stage}, which does not hold it: list its module in that stage's names, or "
-                f"leave the names out."
+                f"{anatomy.model_name} with {', '.join(sorted(kind.further))} uses {missing[0]!r} "
+                f"on stage {stage}, which does not hold it: list its module in that stage's names, "
+                f"or leave the names out."
             )
 
 
@@ -226,7 +228,7 @@ def _find(
     for anatomy in (full, lean):
         for call in anatomy.trace.calls if anatomy is not None else ():
             call.arguments = None
-    return InputKind(full, lean_from, media)
+    return InputKind(full, lean_from, media, frozenset(further))
 
 
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:

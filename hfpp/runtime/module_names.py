@@ -8,6 +8,8 @@ from hfpp.errors import PipelineConfigError
 from hfpp.plan.partition import MULTIMODAL_NAMES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import nn
 
     from hfpp.runtime.anatomy import Anatomy
@@ -29,8 +31,9 @@ def module_names_of(ownership: Ownership, anatomy: Anatomy) -> list[list[str]]:
     for span, outer in zip(ownership.layers, ownership.outer, strict=True):
         # of a module that is registered several times, the first name
         kept = sorted(outer.intersection(rank), key=rank.__getitem__)
-        before = [_component(name, anatomy) for name in kept if rank[name] < first_layer]
-        after = [_component(name, anatomy) for name in kept if rank[name] > first_layer]
+        others = [name for name in order if name not in outer]
+        before = [_component(name, anatomy, others) for name in kept if rank[name] < first_layer]
+        after = [_component(name, anatomy, others) for name in kept if rank[name] > first_layer]
         layers = [f"{prefix}{index}" for index in span]
         lists.append(list(dict.fromkeys([*before, *layers, *after, *shared])))
     return lists
@@ -182,12 +185,17 @@ def _needed(anatomy: Anatomy, ownership: Ownership) -> dict[str, set[int]]:
     return needed
 
 
-def _component(parameter: str, anatomy: Anatomy) -> str:
-    """The outermost module of a parameter that does not hold the layers, else the parameter."""
+def _component(parameter: str, anatomy: Anatomy, others: Iterable[str] = ()) -> str:
+    """The outermost module of a parameter that holds neither the layers nor ``others``.
+
+    Without one, the parameter itself.
+    """
     steps = parameter.split(".")
+    inside = [other for other in others if other.startswith(f"{steps[0]}.")]
     for depth in range(1, len(steps)):
         name = ".".join(steps[:depth])
-        if not f"{anatomy.layers_name}.".startswith(f"{name}."):
+        inside = [other for other in inside if _covers(name, other)]
+        if not f"{anatomy.layers_name}.".startswith(f"{name}.") and not inside:
             return name
     return parameter
 

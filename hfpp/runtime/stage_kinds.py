@@ -60,7 +60,6 @@ def stage_kind(boundary: StageBoundary, running: Running) -> StageKind:
     slots_in, slots_out = boundary.slots_in(), boundary.slots_out()
     known = {slot.key for slot in slots_in}
     captures: dict[int, list[tuple[int, Path]]] = {}
-    entry = anatomy.first_called(boundary.layers.start) if slots_in else None
     last = -1 if boundary.is_last else anatomy.first_called(boundary.layers.stop)
     for position, slot in enumerate(slots_out):
         if slot.key not in known and slot.key != IDS:
@@ -78,8 +77,12 @@ def stage_kind(boundary: StageBoundary, running: Running) -> StageKind:
                 if used_by == index
             ]
             if taken:
-                writes = tuple(p for p in taken if index == entry and slots_in[p[0]].read_outside)
-                injections = tuple(p for p in taken if p not in writes)
+                writes = tuple(
+                    (position, path)
+                    for position, path in taken
+                    if slots_in[position].read_outside and slots_in[position].uses[0][0] == index
+                )
+                injections = tuple(place for place in taken if place not in writes)
                 roles[index] = OwnRole(running, index, call.hidden_path, injections, writes)
                 injected.add(index)
         else:

@@ -9,6 +9,7 @@ node of a data-flow graph, which sees integer, frozen and no-gradient flows that
 from __future__ import annotations
 
 import collections
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -402,6 +403,7 @@ class Call:
     outputs: list[Value] = field(default_factory=list)
     output: Any = None
     arguments: Any = None  # (args, kwargs) themselves, where they were asked for
+    function: str = ""  # name of the torch.autograd.Function whose forward calls it
 
 
 @dataclass(slots=True)
@@ -413,6 +415,18 @@ class Trace:
     result: list[Value]
     reads: list[tuple[int, int]]
     input_nodes: dict[str, int]
+
+
+def _calling_function() -> str:
+    """The torch.autograd.Function in whose forward this is called; empty in none."""
+    frame = sys._getframe(1)
+    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+        if not frame.f_code.co_argcount:
+            continue
+        context = frame.f_locals.get(frame.f_code.co_varnames[0])
+        if isinstance(context, torch.autograd.function.FunctionCtx):
+            return type(context).__name__.removesuffix("Backward")
+    return ""
 
 
 def run_hollow(
@@ -452,6 +466,7 @@ def run_hollow(
         def hook(_module: Any, args: Any, kwargs: Any) -> None:
             values = [run.value_of(path, t) for path, t in walk_tensors((args, kwargs))]
             calls.append(Call(list_name, index, run.current_call, len(run.graph), values))
+            calls[-1].function = _calling_function()
             if keep_arguments:
                 calls[-1].arguments = (args, dict(kwargs))
             open_calls.append(len(calls) - 1)

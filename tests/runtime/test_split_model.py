@@ -358,11 +358,14 @@ class Optional(PlainModel):
         return self.out(x)
 
 
-def test_an_input_that_needs_another_stage_s_weights_cannot_go_unnoticed() -> None:
+def test_an_input_that_needs_another_stage_s_weights_is_refused() -> None:
     stages = split(Optional(), 2)
     ids = token_ids(2)
     assert run_chain(stages, ids).isfinite().all()
-    assert run_chain(stages, ids, kinds=ids % 4).isnan().all()
+    with pytest.raises(
+        PipelineConfigError, match=r"Optional with kinds uses 'kinds\.weight' on stage 1"
+    ):
+        run_chain(stages, ids, kinds=ids % 4)
 
 
 def test_further_arguments_by_position_are_refused() -> None:
