@@ -438,7 +438,8 @@ def build_pipeline_schedule(
         local_batch_size: Sequences per step of this pipeline: a positive multiple of
             `microbatch_size`.
         stages: The stages of this rank.
-        loss_fn: Called on the last stage as ``loss_fn(output, target)``, per microbatch.
+        loss_fn: Called on the last stage as ``loss_fn(output, target)``, per microbatch; with
+            ``config.output_router_logits=True``, the model's auxiliary loss is added to it.
         scale_grads: Whether gradients are the mean over the microbatches instead of the sum, also
             when several steps accumulate.
 
@@ -596,6 +597,12 @@ def pipeline_model(
 
     Everything that can be checked is checked before the first collective, and then that all ranks
     agree on the model and the settings.
+
+    With ``config.output_router_logits=True``, a mixture of experts trains on its routers' auxiliary
+    loss too: the losses are those of ``loss_fn`` plus what the model itself would add to each
+    microbatch's, and ``schedule.aux_losses`` has the values without their coefficient, a scalar per
+    microbatch, on the last stage's rank. The logits of every router, ``[tokens, experts]`` per
+    microbatch and layer, then cross every cut after it, and their gradients come back.
 
     Args:
         model: The whole model, the same on every rank; it is left as it was, but its tensors on

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hfpp.check.inputs import Batch
 from hfpp.check.unsplit import Outcome, cloned, loss_of
 from hfpp.runtime.anatomy import Anatomy
+from hfpp.runtime.auxiliary_loss import take_auxiliary_loss
 from hfpp.runtime.ownership import Ownership
 from hfpp.runtime.split_model import build_stages, uniform_ownership
 from hfpp.runtime.stage_boundary import boundary_of
@@ -73,18 +74,21 @@ class Chain:
                 inputs = tuple(map(_received, inputs))
                 with torch.set_grad_enabled(gradients):
                     result = stage(*inputs, **cloned(microbatch))
-                mine.append(_Step(inputs, result if isinstance(result, tuple) else (result,)))
+                outputs = result if isinstance(result, tuple) else (result,)
+                taken = take_auxiliary_loss(stage)
+                mine.append(_Step(inputs, outputs, None if taken is None else taken.value))
             arriving = [step.outputs for step in mine]
             steps.append(mine)
-        outputs = [step.outputs[0].detach() for step in steps[-1]]
+        given = [step.outputs[0].detach() for step in steps[-1]]
         if not gradients:
-            return Outcome(outputs, {})
+            return Outcome(given, {})
         self._backward(batch, steps)
-        return Outcome(outputs, self._gradients())
+        return Outcome(given, self._gradients())
 
     def _backward(self, batch: Batch, steps: list[list[_Step]]) -> None:
         for position, microbatch in enumerate(batch.microbatches):
-            torch.autograd.backward(loss_of(steps[-1][position].outputs[0], microbatch))
+            step = steps[-1][position]
+            torch.autograd.backward(loss_of(step.outputs[0], microbatch, step.auxiliary))
         for stage in range(len(self.stages) - 2, -1, -1):
             for step, following in zip(steps[stage], steps[stage + 1], strict=True):
                 pairs = [
@@ -175,6 +179,7 @@ class Chain:
 class _Step:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    auxiliary: Tensor | None
 
 
 def _received(tensor: Tensor) -> Tensor:

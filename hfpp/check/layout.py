@@ -47,6 +47,9 @@ def _describe(anatomy: Anatomy, slot: Slot, position: int) -> str:
         return "token ids"
     if position == 0:
         return "hidden state"
+    if not slot.uses:
+        assert slot.source is not None
+        return f"router logits of layer {slot.source.layer} ({slot.source.module or 'its result'})"
     layer, path = slot.uses[0]
     module = anatomy.skeleton.get_submodule(f"{anatomy.layers_name}.{layer}")
     others = len({index for index, _ in slot.uses}) - 1

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from hfpp.check.inputs import Batch, Microbatch
 from hfpp.runtime.anatomy import forward_constants
+from hfpp.runtime.auxiliary_loss import asks_for_auxiliary_loss, flagged_configs
+from hfpp.runtime.paths import walk_tensors
 from hfpp.runtime.stage_module import primary_output
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -127,7 +129,7 @@ def run_unsplit(model: nn.Module, batch: Batch, *, gradients: bool = True) -> Ou
             result = model(microbatch.ids.clone(), **cloned(microbatch), **constants)
             output = primary_output(result)
             if gradients:
-                torch.autograd.backward(loss_of(output, microbatch))
+                torch.autograd.backward(loss_of(output, microbatch, _auxiliary(model, result)))
         outputs.append(output.detach())
     named = model.named_parameters(remove_duplicate=False)
     found = {n: None if p.grad is None else p.grad.clone() for n, p in named} if gradients else {}
@@ -143,10 +145,18 @@ def cloned(microbatch: Microbatch) -> dict[str, object]:
     }
 
 
-def loss_of(output: Tensor, microbatch: Microbatch) -> Tensor:
+def _auxiliary(model: nn.Module, result: object) -> Tensor | None:
+    """The auxiliary loss of the routers, where the config asks for it."""
+    if not asks_for_auxiliary_loss(flagged_configs(model)):
+        return None
+    scalars = [t for _, t in walk_tensors(result) if t.requires_grad and not t.dim()]
+    return torch.stack([scalar.double() for scalar in scalars]).sum() if scalars else None
+
+
+def loss_of(output: Tensor, microbatch: Microbatch, auxiliary: Tensor | None = None) -> Tensor:
     """A loss whose gradient reaches every output value with a weight of its own.
 
-    Values at padding count nothing, as in training.
+    Values at padding count nothing, as in training; ``auxiliary`` counts once.
     """
     generator = torch.Generator().manual_seed(microbatch.seed)
     weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
@@ -156,7 +166,8 @@ def loss_of(output: Tensor, microbatch: Microbatch) -> Tensor:
         blank = ~kept.reshape(*kept.shape, *(1,) * (output.dim() - kept.dim()))
         weights = weights.masked_fill(blank, 0.0)
         output = output.masked_fill(blank, 0.0)
-    return (output * weights).sum()
+    loss = (output * weights).sum()
+    return loss if auxiliary is None else loss + auxiliary
 
 
 def _is_random(model: nn.Module, batch: Batch) -> bool:

@@ -13,6 +13,13 @@ from torch import nn
 
 from hfpp.errors import PipelineConfigError
 from hfpp.runtime.anatomy_cache import AnatomyCache
+from hfpp.runtime.auxiliary_loss import (
+    AuxiliaryTerm,
+    asks_for_auxiliary_loss,
+    find_auxiliary_term,
+    flagged_configs,
+)
+from hfpp.runtime.emission import Emission, Source, find_emissions
 from hfpp.runtime.paths import Key, Path
 from hfpp.runtime.skeleton import meta_skeleton
 from hfpp.runtime.trace import Call, Trace, Value, run_hollow
@@ -34,6 +41,7 @@ class Slot:
     ``(args, kwargs)``) of every layer from the cut on that takes the value; none for the token ids.
     ``read_outside``: whether the model's code between the layers reads the first layer's argument
     again, as a loop does that adds residuals or collects states by itself.
+    ``source``: where a layer gives out a value that is read outside of the layers.
     """
 
     key: Any
@@ -41,6 +49,7 @@ class Slot:
     dtype: torch.dtype
     uses: tuple[tuple[int, Path], ...]
     read_outside: bool = False
+    source: Source | None = None
 
     @property
     def is_floating(self) -> bool:
@@ -80,6 +89,10 @@ class Anatomy:
         output: shape and dtype of the primary output (the logits, else the hidden state).
         ids_name: name of the forward's first argument.
         skeleton: the model without weights.
+        flagged: whether the config asked for the routers' auxiliary loss.
+        auxiliary: what the model adds to its loss besides that of its output; None for nothing.
+        emissions: how what that is made from leaves the layers.
+        returned: where the model's result has each of these values, by key.
         text: the same model's anatomy for token ids alone, where this one is for further arguments.
         kinds: what is known for further arguments, by their names and types (``input_kinds``).
     """
@@ -94,7 +107,11 @@ class Anatomy:
     output: TensorLike
     ids_name: str
     skeleton: nn.Module
-    _output_node: int
+    flagged: bool
+    auxiliary: AuxiliaryTerm | None
+    emissions: tuple[Emission, ...]
+    returned: Mapping[Any, tuple[Path, ...]]
+    _output_nodes: tuple[int, ...]
     _trace: Trace
     _layer_calls: dict[int, Call]
     _facts: _Facts
@@ -152,7 +169,7 @@ class Anatomy:
         incoming = self._slots_before(start)
         known = {slot.key for slot in incoming}
         if stop >= self.num_layers:
-            outputs = [self._output_node]
+            outputs = list(self._output_nodes)
         else:
             outputs = [s.key[0] for s in self.slots(stop) if s.key not in known and s.key != IDS]
         stops = {slot.key[0] for slot in incoming if slot.key != IDS}
@@ -225,7 +242,7 @@ class Anatomy:
                 skeleton = copy.deepcopy(skeleton).to(dtype)
             while len(self._resized) >= _MOST_RESIZED:
                 del self._resized[next(iter(self._resized))]
-            self._resized[key] = _run(self.model_name, skeleton, key[0], key[1])
+            self._resized[key] = _run(self.model_name, skeleton, key[0], key[1], self.auxiliary)
         return self._resized[key]
 
     def _slots_before(self, start: int) -> tuple[Slot, ...]:
@@ -248,11 +265,26 @@ class Anatomy:
                     found.setdefault(value.key, value)
                     uses.setdefault(value.key, []).append((layer, value.path))
         first_uses: dict[int, int] = {}
-        for key, value in found.items():
-            first_uses.setdefault(value.node, uses[key][0][0])
-        read = self._read_outside(cut, first_uses)
+        for key, places in uses.items():
+            first_uses.setdefault(found[key].node, places[0][0])
+        sources: dict[Any, Source] = {}
+        for emission in self.emissions:
+            if emission.layer < cut:
+                for value in emission.values:
+                    found.setdefault(value.key, value)
+                    source = Source(emission.layer, emission.module, value.path)
+                    sources.setdefault(value.key, source)
+        emitted = {found[key].node for key in sources}
+        read = self._read_outside(cut, first_uses, emitted)
         slots = [
-            Slot(key, value.shape, value.dtype, tuple(uses[key]), value.node in read)
+            Slot(
+                key,
+                value.shape,
+                value.dtype,
+                tuple(uses.get(key, ())),
+                value.node in read,
+                sources.get(key),
+            )
             for key, value in found.items()
         ]
         shape = slots[0].shape
@@ -275,7 +307,7 @@ class Anatomy:
         made_from = self._trace.graph.reach([node], {value.node for value in call.inputs})
         return not any(n < call.first_node and self._facts.flows[n] for n in made_from)
 
-    def _read_outside(self, cut: int, first_uses: Mapping[int, int]) -> set[int]:
+    def _read_outside(self, cut: int, first_uses: Mapping[int, int], emitted: set[int]) -> set[int]:
         """Received values that code between or after the layers behind the cut reads, by node.
 
         A layer's argument can be written where that code looks for it, once the layer is called. Of
@@ -285,6 +317,7 @@ class Anatomy:
             cut: the first layer behind the cut.
             first_uses: the values that cross, each with the first layer behind the cut that takes
                 it.
+            emitted: the values that hollow layers give out again.
 
         Raises:
             PipelineConfigError: for anything else.
@@ -293,13 +326,10 @@ class Anatomy:
         read = set[int]()
         if not any(first <= node for node, _ in facts.outer_edges):
             return read
-        reached = graph.reach([self._output_node], first_uses)
+        reached = graph.reach(self._output_nodes, {*first_uses, *emitted})
         for node, parent in facts.outer_edges:
-            if (
-                node < first
-                or node not in reached
-                or (parent >= first and parent not in first_uses)
-            ):
+            behind = parent >= first and parent not in first_uses
+            if node < first or node not in reached or behind or parent in emitted:
                 continue
             layer = first_uses.get(parent)
             if layer is None or node < self._layer_calls[layer].first_node:
@@ -358,12 +388,27 @@ class _ForwardFailedError(PipelineConfigError):
 def _take_apart(model: nn.Module) -> Anatomy:
     name, skeleton = type(model).__name__, meta_skeleton(model)
     try:
-        return _run(name, skeleton, *_run_sizes(model, _ROWS))
+        return _run_at(name, skeleton, *_run_sizes(model, _ROWS))
     except _ForwardFailedError as error:
         try:
-            return _run(name, skeleton, *_run_sizes(model, _ROUND_ROWS))
+            return _run_at(name, skeleton, *_run_sizes(model, _ROUND_ROWS))
         except PipelineConfigError:
             raise error from None
+
+
+def _run_at(name: str, skeleton: nn.Module, batch: int, seq: int) -> Anatomy:
+    return _run(name, skeleton, batch, seq, _auxiliary_term(skeleton, batch, seq))
+
+
+def _auxiliary_term(skeleton: nn.Module, batch: int, seq: int) -> AuxiliaryTerm | None:
+    if not asks_for_auxiliary_loss(flagged_configs(skeleton)):
+        return None
+    ids_name, ids = first_argument(skeleton), _plain_ids(skeleton, batch, seq)
+
+    def trace_with(more: Mapping[str, torch.Tensor]) -> Trace:
+        return run_hollow(skeleton, {ids_name: ids, **more}, forward_constants(skeleton))
+
+    return find_auxiliary_term(skeleton, trace_with, ids)
 
 
 def anatomy_for(
@@ -384,7 +429,8 @@ def anatomy_for(
     named = [f"{key} {_shape_of(value)}" for key, value in inputs.items()]
     try:
         constants = {**plain, **forward_constants(skeleton)}
-        trace = run_hollow(skeleton, inputs, constants, keep_arguments=True)
+        with_taps = text.auxiliary is not None
+        trace = run_hollow(skeleton, inputs, constants, keep_arguments=True, with_taps=with_taps)
     except Exception as error:
         raise PipelineConfigError(
             f"{name} cannot be split: its forward failed without weights on the first microbatch's "
@@ -392,7 +438,7 @@ def anatomy_for(
             f"just these rows of the batch."
         ) from error
     batch, seq = inputs[text.ids_name].shape[:2]
-    return _read_off(name, skeleton, trace, batch, seq, text)
+    return _read_off(name, skeleton, trace, (batch, seq), text.auxiliary, text)
 
 
 def _check_calls(name: str, layers_name: str, trace: Trace) -> None:
@@ -417,23 +463,32 @@ def _shape_of(value: Any) -> Any:
     return list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
-def _run(name: str, skeleton: nn.Module, batch: int, seq: int) -> Anatomy:
+def _run(
+    name: str, skeleton: nn.Module, batch: int, seq: int, auxiliary: AuxiliaryTerm | None
+) -> Anatomy:
     ids_name = first_argument(skeleton)
     inputs = {ids_name: _plain_ids(skeleton, batch, seq)}
+    constants, with_taps = forward_constants(skeleton), auxiliary is not None
     try:
-        trace = run_hollow(skeleton, inputs, forward_constants(skeleton))
+        trace = run_hollow(skeleton, inputs, constants, with_taps=with_taps)
     except Exception as error:
         raise _ForwardFailedError(
             f"{name} cannot be split: its forward failed on {ids_name} of shape [{batch}, {seq}] "
             f"without weights ({type(error).__name__}: {error}). Check that "
             f"model({ids_name}=...) runs with no other argument."
         ) from error
-    return _read_off(name, skeleton, trace, batch, seq)
+    return _read_off(name, skeleton, trace, (batch, seq), auxiliary)
 
 
 def _read_off(
-    name: str, skeleton: nn.Module, trace: Trace, batch: int, seq: int, text: Anatomy | None = None
+    name: str,
+    skeleton: nn.Module,
+    trace: Trace,
+    sizes: tuple[int, int],
+    auxiliary: AuxiliaryTerm | None,
+    text: Anatomy | None = None,
 ) -> Anatomy:
+    batch, seq = sizes
     ids_name = first_argument(skeleton)
     layers_name = _find_layers(name, skeleton, trace) if text is None else text.layers_name
     layer_calls = {call.index: call for call in trace.calls if call.list_name == layers_name}
@@ -441,6 +496,14 @@ def _read_off(
         _check_calls(name, layers_name, trace)
     output = _primary_output(name, trace.result)
     dtypes = [p.dtype for p in skeleton.parameters() if p.is_floating_point()]
+    facts = _find_facts(name, trace, layers_name, ids_name)
+    emissions: tuple[Emission, ...] = ()
+    output_nodes = [output.node]
+    if auxiliary is not None:
+        output_nodes.append(auxiliary.value_in(name, trace.result).node)
+        emissions = find_emissions(
+            name, trace, layers_name, layer_calls, facts.layer, output_nodes[-1]
+        )
     return Anatomy(
         model_name=name,
         layers_name=layers_name,
@@ -452,12 +515,25 @@ def _read_off(
         output=TensorLike(output.shape, output.dtype),
         ids_name=ids_name,
         skeleton=skeleton,
-        _output_node=output.node,
+        flagged=asks_for_auxiliary_loss(flagged_configs(skeleton)),
+        auxiliary=auxiliary,
+        emissions=emissions,
+        returned=_by_key(trace.result, emissions),
+        _output_nodes=tuple(output_nodes),
         _trace=trace,
         _layer_calls=layer_calls,
-        _facts=_find_facts(name, trace, layers_name, ids_name),
+        _facts=facts,
         text=text,
     )
+
+
+def _by_key(result: list[Value], emissions: tuple[Emission, ...]) -> dict[Any, tuple[Path, ...]]:
+    emitted = {value.key for emission in emissions for value in emission.values}
+    found: dict[Any, tuple[Path, ...]] = {}
+    for value in result:
+        if value.key in emitted:
+            found[value.key] = (*found.get(value.key, ()), value.path)
+    return found
 
 
 def forward_constants(model: nn.Module) -> dict[str, Any]:

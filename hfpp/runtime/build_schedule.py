@@ -13,6 +13,7 @@ from hfpp.errors import PipelineConfigError
 from hfpp.plan.placement import Placement
 from hfpp.plan.schedule import check_microbatches, find_schedule, read_csv, verify
 from hfpp.runtime import torch_compat as compat
+from hfpp.runtime.auxiliary_loss import AuxiliaryLosses
 from hfpp.runtime.controlled_schedule import add_step_context, controlled
 from hfpp.runtime.data_parallel import fit_wrappers
 from hfpp.runtime.tied_weights import TiedGradients
@@ -48,8 +49,9 @@ def build_pipeline_schedule(
         stages,
     )
     n_microbatches, num_stages = request.n_microbatches, stages[0].num_stages
+    auxiliary = AuxiliaryLosses(stages)
     if loss_fn is not None:
-        loss_fn = _Loss(loss_fn, n_microbatches if scale_grads else 1)
+        loss_fn = _Loss(loss_fn, n_microbatches if scale_grads else 1, auxiliary)
     if request.table is not None:
         name, torch_class = request.table.name, compat.runtime_class()
     else:
@@ -59,6 +61,7 @@ def build_pipeline_schedule(
     schedule = controlled(torch_class)(
         stages[0] if single else stages, n_microbatches, loss_fn=loss_fn, scale_grads=False
     )
+    schedule.auxiliary = auxiliary
     if request.table is not None:
         compat.load_table(schedule, request.table)
     fit_wrappers(stages, splits_backward=compat.splits_backward(schedule))
@@ -235,19 +238,22 @@ def _check_table(table: ScheduleTable, stages: list[PipelineStage], n_microbatch
 
 
 class _Loss:
-    """The user's loss, with its gradient divided by a number; its value is not.
+    """The user's loss plus the model's auxiliary loss, its gradient divided by a number.
+
+    Its value is not divided.
 
     Dividing here gives the mean over microbatches however many steps accumulate. torch's own
     `scale_grads` divides whatever is in `.grad` at the end of every step: with several steps before
     the optimizer it divides the earlier ones again.
     """
 
-    def __init__(self, loss_fn: LossFn, divisor: int) -> None:
+    def __init__(self, loss_fn: LossFn, divisor: int, auxiliary: AuxiliaryLosses) -> None:
         self.loss_fn = loss_fn
         self.divisor = divisor
+        self.auxiliary = auxiliary
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = self.loss_fn(*args, **kwargs)
+        loss = self.auxiliary.add_to(self.loss_fn(*args, **kwargs))
         divided: torch.Tensor = _DivideGradient.apply(loss, self.divisor)  # type: ignore[no-untyped-call]
         return divided
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from hfpp.errors import PipelineConfigError
 from hfpp.runtime import torch_compat as compat
+from hfpp.runtime.auxiliary_loss import AuxiliaryLosses
 from hfpp.runtime.batch_arguments import BatchArguments
 from hfpp.runtime.forward_only import forward_actions, run_forward
 
@@ -38,7 +39,17 @@ class ControlledSchedule(compat.PreparedSchedule):
         self._keywords_agreed = False
         self._arguments = BatchArguments(cast("compat.TorchSchedule", self))
         self._rows: int | None = None  # of the batch, where its target tells
+        self.auxiliary = AuxiliaryLosses(())
         self._static = False  # whether torch took the stages' shapes as given and inferred none
+
+    @property
+    def aux_losses(self) -> list[torch.Tensor]:
+        """The auxiliary losses of the routers, of each microbatch of the latest step or eval.
+
+        Scalars as the model computes them, without the coefficient with which they are part of the
+        losses. Empty on ranks without the last stage, and for models that compute none.
+        """
+        return self.auxiliary.values
 
     def step(
         self,
@@ -69,6 +80,7 @@ class ControlledSchedule(compat.PreparedSchedule):
         self._rows = _rows(target)
         self._check_shapes(args)
         self._agree_on_keywords(kwargs)
+        self.auxiliary.start()
         with ExitStack() as contexts:
             for make in self._step_contexts:
                 contexts.enter_context(make())
@@ -109,8 +121,11 @@ class ControlledSchedule(compat.PreparedSchedule):
                 outputs.append(output)
             if targets is not None and loss_fn is not None:
                 found.append(loss_fn(output, targets[microbatch], **(loss_kwargs or {})))
+            else:
+                self.auxiliary.take()
 
         loss_fn = compat.loss_function(self)
+        self.auxiliary.start()
         with ExitStack() as contexts:
             ready = compat.is_initialized(self)
             static = self._static if ready else all(map(compat.has_static_metadata, stages))
@@ -142,6 +157,7 @@ class ControlledSchedule(compat.PreparedSchedule):
         given = all(map(compat.has_static_metadata, stages))
         with compat.undisturbed(stages):
             yield
+        self.auxiliary.start()  # inferring shapes runs forwards too
         self._static = compat.ranks_agreed_on_static(stages, given=given)
 
     def keyword_microbatches(

@@ -15,6 +15,8 @@ from hfpp.runtime.anatomy import Hidden, LayerCall, TensorLike
 from hfpp.runtime.paths import get_at
 
 if TYPE_CHECKING:
+    from hfpp.runtime.auxiliary_loss import AuxiliaryLoss
+    from hfpp.runtime.emitting import Emitting
     from hfpp.runtime.paths import Path
 
 
@@ -26,10 +28,12 @@ class Running:
     """What the forward in progress received and captured; empty between forwards."""
 
     def __init__(self) -> None:
+        self.auxiliary: AuxiliaryLoss | None = None  # stays after the forward until it is taken
         self.clear()
 
     def clear(self) -> None:
         """Forget the forward, whether it went well or not."""
+        self.capturing = False  # whether the stage's forward is under way
         self.received: tuple[Any, ...] | None = None
         self.with_gradients = False
         self.injected: set[int] = set()  # layers that took what was received
@@ -44,6 +48,7 @@ class HollowRole:
     call: LayerCall
     captures: tuple[tuple[int, Path], ...]  # (position among the outgoing slots, where)
     ends: bool
+    emitting: Emitting | None = None
 
 
 def disguise(cls: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
@@ -94,7 +99,11 @@ def _call_hollow_layer(layer: nn.Module, args: Any, kwargs: Any) -> Any:
         raise CutReached
     hidden = get_at((args, kwargs), role.call.hidden_path)
     sizes = dict(zip(role.call.hidden_shape, hidden.shape, strict=True))
-    return _result_like(role.call.output, hidden, sizes)
+    result = _result_like(role.call.output, hidden, sizes)
+    if role.emitting is not None:
+        assert role.running.received is not None
+        result = role.emitting.emit(result, role.running.received)
+    return result
 
 
 def _apply_to_peeked(layer: nn.Module, fn: Callable[..., Any]) -> None:

@@ -18,6 +18,7 @@ from hfpp.plan.partition import calculate_virtual_stages, check_rounding, unifor
 from hfpp.plan.placement import Placement, stage_ids_this_rank
 from hfpp.plan.schedule import find_schedule, read_csv
 from hfpp.runtime.anatomy import Anatomy, find_anatomy, first_argument, forward_constants
+from hfpp.runtime.auxiliary_loss import FLAG, asks_for_auxiliary_loss, flagged_configs
 from hfpp.runtime.hollow import hollow_layer, hollow_parameters
 from hfpp.runtime.module_copy import copy_structure
 from hfpp.runtime.module_names import (
@@ -87,7 +88,10 @@ def split_model_into_stages(
             num_layers, layers_per_stage, pp_size, layout.single, round_to_pp_multiple
         )
     _check_stage_count(num_stages, pp_size, layout)
-    _refuse_silent_differences(model, num_stages)
+    if own_forward and num_stages > 1:
+        _refuse_lost_loss(model, "its own forward sees only the routers of its own layers")
+    elif not own_forward and anatomy is None:
+        _refuse_lost_loss(model, "its forward could not be followed")
     if verify is not None:
         if own_forward:
             raise PipelineConfigError(
@@ -159,16 +163,12 @@ def _check_stage_count(num_stages: int, pp_size: int, layout: _Layout) -> None:
     )
 
 
-def _refuse_silent_differences(model: nn.Module, num_stages: int) -> None:
-    """Settings whose effect a split model would lose without a word."""
-    config = getattr(model, "config", None)
-    text = getattr(config, "get_text_config", lambda: config)()
-    asked = any(getattr(c, "output_router_logits", False) for c in (config, text))
-    if num_stages > 1 and asked:
+def _refuse_lost_loss(model: nn.Module, reason: str) -> None:
+    """The auxiliary loss of routers that nobody would add to the loss."""
+    if asks_for_auxiliary_loss(flagged_configs(model)):
         raise PipelineConfigError(
-            f"{type(model).__name__} has config.output_router_logits=True: the auxiliary loss of "
-            f"the routers would be lost, as no stage sees all routers. Set "
-            f"config.output_router_logits=False to train without it."
+            f"{type(model).__name__} has config.{FLAG}=True: the auxiliary loss of the routers "
+            f"would be lost, as {reason}. Set config.{FLAG}=False to train without it."
         )
 
 
@@ -199,7 +199,6 @@ def uniform_ownership(
     Raises:
         PipelineConfigError: if the model cannot be cut so.
     """
-    _refuse_silent_differences(model, num_stages)
     if num_stages > anatomy.num_layers:
         raise PipelineConfigError(
             f"{schedule} on this pipeline has {num_stages} stages, but "

@@ -10,6 +10,7 @@ import torch
 
 from hfpp.errors import PipelineConfigError
 from hfpp.runtime.anatomy import IDS
+from hfpp.runtime.emitting import emitting
 from hfpp.runtime.hollow import HollowRole, Running
 from hfpp.runtime.hollow_modules import HollowModule
 from hfpp.runtime.input_kinds import InputKind, check_kind, find_kind, further_arguments, remember
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
     from hfpp.runtime.paths import Path
     from hfpp.runtime.stage_boundary import StageBoundary
+
+
+Results = Mapping[tuple[int, str], list[tuple[int, "Path"]]]
+"""(position among the outgoing slots, where in the result), by layer and module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,7 @@ class StageKind:
         injected: the layers that must take what was received.
         dropped: names of keyword arguments that this stage leaves out.
         encoders: what runs in the place of modules whose weights another stage has, by FQN.
+        results: what is sent of the results of modules of own layers, by layer and FQN in it.
     """
 
     boundary: StageBoundary
@@ -50,6 +56,7 @@ class StageKind:
     injected: frozenset[int]
     dropped: frozenset[str] = frozenset()
     encoders: Mapping[str, HollowModule] = field(default_factory=dict)
+    results: Results = field(default_factory=dict)
 
 
 def stage_kind(boundary: StageBoundary, running: Running) -> StageKind:
@@ -60,12 +67,18 @@ def stage_kind(boundary: StageBoundary, running: Running) -> StageKind:
     slots_in, slots_out = boundary.slots_in(), boundary.slots_out()
     known = {slot.key for slot in slots_in}
     captures: dict[int, list[tuple[int, Path]]] = {}
+    results: dict[tuple[int, str], list[tuple[int, Path]]] = {}
     last = -1 if boundary.is_last else anatomy.first_called(boundary.layers.stop)
     for position, slot in enumerate(slots_out):
-        if slot.key not in known and slot.key != IDS:
+        if slot.key in known or slot.key == IDS:
+            continue
+        if slot.uses:
             layer, path = slot.uses[0]
             captures.setdefault(layer, []).append((position, path))
             last = max(last, layer)
+        else:
+            assert slot.source is not None
+            results.setdefault(slot.source[:2], []).append((position, slot.source.path))
     roles: dict[int, OwnRole | HollowRole] = {}
     injected: set[int] = set()
     for index, call in anatomy.calls.items():
@@ -91,8 +104,9 @@ def stage_kind(boundary: StageBoundary, running: Running) -> StageKind:
                 call,
                 tuple(captures.get(index, ())) if index >= boundary.layers.stop else (),
                 ends=not boundary.is_last and index == last,
+                emitting=emitting(boundary, index) if boundary.is_last else None,
             )
-    return StageKind(boundary, roles, frozenset(injected))
+    return StageKind(boundary, roles, frozenset(injected), results=results)
 
 
 def use_kind(stage: nn.Module, kind: StageKind) -> None:
@@ -106,6 +120,14 @@ def use_kind(stage: nn.Module, kind: StageKind) -> None:
             f"keyword arguments that it does not without them: pass them from the model's own "
             f"code, or keep the layers on one stage."
         )
+    gives: Mapping[tuple[int, str], nn.Module] = stage.__dict__["_hfpp_gives"]
+    if not kind.results.keys() <= gives.keys():
+        raise PipelineConfigError(
+            f"{type(stage).__name__} collects outputs of other modules with these keyword "
+            f"arguments than without them: keep the layers on one stage."
+        )
+    for place, module in gives.items():
+        module.__dict__["_hfpp_captures"] = tuple(kind.results.get(place, ()))
     for index, layer in stage.__dict__["_hfpp_layers"].items():
         layer.__dict__["_hfpp_role"] = kind.roles.get(index)
     for name, module in stage.__dict__["_hfpp_encoders"].items():

@@ -15,12 +15,21 @@ from torch import nn
 
 from hfpp.errors import PipelineConfigError
 from hfpp.runtime.anatomy import IDS
+from hfpp.runtime.auxiliary_loss import (
+    asks_for_auxiliary_loss,
+    auxiliary_loss_in,
+    check_flag,
+    check_taken,
+    flagged_configs,
+)
+from hfpp.runtime.emitting import make_capturing
 from hfpp.runtime.hollow import CutReached, Running, disguise
 from hfpp.runtime.hollow_modules import foreign_modules, make_replaceable
 from hfpp.runtime.paths import get_at, set_at
 from hfpp.runtime.stage_kinds import OwnRole, StageKind, kind_for, stage_kind, use_kind
 
 if TYPE_CHECKING:
+    from hfpp.runtime.auxiliary_loss import AuxiliaryLoss
     from hfpp.runtime.paths import Path
     from hfpp.runtime.stage_boundary import StageBoundary
 
@@ -140,6 +149,8 @@ def _run_stage(
 ) -> Any:
     running: Running = stage.__dict__["_hfpp_running"]
     ids_name: str = stage.__dict__["_hfpp_ids_name"]
+    check_flag(stage, kwargs)
+    check_taken(stage)
     kind = kind_for(stage, args, kwargs)
     use_kind(stage, kind)
     boundary = kind.boundary
@@ -173,6 +184,7 @@ def _run_stage(
             ids = _ids_for(boundary, received)
         args, kwargs[ids_name], running.received = (), ids, received
         running.with_gradients = torch.is_grad_enabled()
+    running.capturing = True
     try:
         try:
             result = own_forward(*args, **kwargs)
@@ -180,11 +192,27 @@ def _run_stage(
             _check_injected(kind, running)
             return _outgoing(boundary, running, ids)
         _check_injected(kind, running)
+        if boundary.is_last:
+            running.auxiliary = _auxiliary_loss(stage, boundary, running, result)
     finally:
         running.clear()
     if not boundary.is_last:
         raise _skipped(boundary, boundary.layers.stop)
     return primary_output(result)
+
+
+def _auxiliary_loss(
+    stage: nn.Module, boundary: StageBoundary, running: Running, result: Any
+) -> AuxiliaryLoss | None:
+    anatomy = boundary.anatomy
+    if anatomy is None or anatomy.auxiliary is None:
+        return None
+    expected = {
+        path: tensor
+        for slot, tensor in zip(boundary.slots_in(), running.received or (), strict=True)
+        for path in anatomy.returned.get(slot.key, ())
+    }
+    return auxiliary_loss_in(stage, anatomy.auxiliary, result, expected)
 
 
 def _check_injected(kind: StageKind, running: Running) -> None:
@@ -275,7 +303,7 @@ def make_stage(
     stand_in_owners: list[nn.Module],
 ) -> None:
     """Turn a structural copy, its foreign layers hollow, into a stage; in place."""
-    running = Running()
+    running, anatomy, configs = Running(), boundary.anatomy, flagged_configs(stage)
     stage.__class__ = _stage_class(type(stage))
     stage.__dict__.update(
         _hfpp_boundary=boundary,
@@ -283,9 +311,10 @@ def make_stage(
         _hfpp_ids_name=ids_name,
         _hfpp_constants=dict(constants),
         _hfpp_stand_in_owners=stand_in_owners,
+        _hfpp_flagged_configs=configs,
+        _hfpp_flag=asks_for_auxiliary_loss(configs) if anatomy is None else anatomy.flagged,
     )
     kind = stage_kind(boundary, running)
-    anatomy = boundary.anatomy
     layers: dict[int, nn.Module] = {}
     encoders: dict[str, nn.Module] = {}
     unused: set[str] = set()
@@ -297,6 +326,9 @@ def make_stage(
             takes = frozenset(boundary.layers)  # encoders may hand values to any layer
             names = foreign_modules(stage, anatomy.layers_name, unused)
             encoders = {name: stage.get_submodule(name) for name in names}
+    gives = {place: layers[place[0]].get_submodule(place[1]) for place in kind.results}
+    for module in gives.values():
+        make_capturing(module, running)
     for index in takes:
         inject_into(layers[index])
     for module in encoders.values():
@@ -305,6 +337,7 @@ def make_stage(
         _hfpp_layers=layers,
         _hfpp_encoders=encoders,
         _hfpp_takes=takes,
+        _hfpp_gives=gives,
         _hfpp_takes_media=bool(unused),
         _hfpp_text_kind=kind,
         _hfpp_kinds={},

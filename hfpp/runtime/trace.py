@@ -56,13 +56,15 @@ class Graph:
     """Data flow of one run: node ``i`` was made from ``parents[i]``, all with smaller numbers.
 
     ``kinds``: ``op``, ``param``, ``buffer``, ``input`` or ``const``. ``calls[i]``: index of the
-    recorded module call during which node ``i`` was made, -1 outside of all.
+    recorded module call during which node ``i`` was made, -1 outside of all. ``factors``: by node,
+    the plain numbers among the operands of an operator with a scalar result.
     """
 
     parents: list[tuple[int, ...]] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)
+    factors: dict[int, tuple[float, ...]] = field(default_factory=dict)
 
     def add(self, kind: str, label: str, parents: tuple[int, ...], call: int) -> int:
         """Append a node and return its number."""
@@ -193,6 +195,9 @@ class HollowRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         sources = () if packet in _SHAPE_ONLY else tuple({self.node_of(t): None for t in tensors})
         node = self.graph.add("op", packet.__name__, sources, self.current_call)
+        if len(made) == 1 and made[0].dim() == 0:
+            numbers = (*args, *kwargs.values())
+            self.graph.factors[node] = tuple(n for n in numbers if isinstance(n, int | float))
         for tensor in fresh:
             self._alive.append(tensor.untyped_storage())
             self._producer[_storage_key(tensor)] = node
@@ -406,12 +411,23 @@ class Call:
     function: str = ""  # name of the torch.autograd.Function whose forward calls it
 
 
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """What a module with forward hooks of its own returned within the recorded call ``call``."""
+
+    module_name: str
+    call: int
+    output: Any
+    values: list[Value]
+
+
 @dataclass(slots=True)
 class Trace:
-    """What one hollow run showed."""
+    """What one hollow run showed; ``taps`` in the order in which the hooks ran."""
 
     graph: Graph
     calls: list[Call]
+    taps: list[Tap]
     result: list[Value]
     reads: list[tuple[int, int]]
     input_nodes: dict[str, int]
@@ -435,6 +451,7 @@ def run_hollow(
     constants: Mapping[str, Any],
     *,
     keep_arguments: bool = False,
+    with_taps: bool = False,
 ) -> Trace:
     """Run ``skeleton(**inputs, **constants)`` hollow and record the calls of all list elements.
 
@@ -443,6 +460,7 @@ def run_hollow(
         inputs: real CPU tensors, or containers of them, by argument name.
         constants: other keyword arguments.
         keep_arguments: whether the calls keep what they were called with.
+        with_taps: whether to record what modules with forward hooks of their own return.
     """
     leaves: list[tuple[str, str, torch.Tensor]] = []
     leaves += [("param", n, p) for n, p in skeleton.named_parameters()]
@@ -450,8 +468,10 @@ def run_hollow(
     leaves += [("input", n, t) for n, v in inputs.items() for _, t in walk_tensors(v)]
     run = HollowRun(leaves)
     calls: list[Call] = []
+    taps: list[Tap] = []
     open_calls: list[int] = []
     handles = []
+    own_hooks: dict[int, int] = {}
     children: dict[int, list[tuple[str, int, torch.nn.Module]]] = collections.defaultdict(list)
     lists = [
         (name, module)
@@ -474,12 +494,25 @@ def run_hollow(
 
         return hook
 
+    def tap(name: str) -> Any:
+        def hook(module: Any, _args: Any, output: Any) -> None:
+            # looked up now: hooks that capture outputs are often registered by the forward itself
+            if run.current_call >= 0 and len(module._forward_hooks) > own_hooks[id(module)]:
+                values = [run.value_of(path, t) for path, t in walk_tensors(output)]
+                taps.append(Tap(name, run.current_call, output, values))
+
+        return hook
+
     def after(_module: Any, _args: Any, _kwargs: Any, output: Any) -> None:
         call = calls[open_calls.pop()]
         run.current_call = open_calls[-1] if open_calls else -1
         call.output = output
         call.outputs = [run.value_of(path, t) for path, t in walk_tensors(output)]
 
+    if with_taps:
+        for name, module in skeleton.named_modules():
+            handles.append(module.register_forward_hook(tap(name)))
+            own_hooks[id(module)] = 2 if id(module) in children else 1
     for entries in children.values():
         name, index, child = entries[0]
         handles.append(child.register_forward_pre_hook(before(name, index), with_kwargs=True))
@@ -493,4 +526,4 @@ def run_hollow(
         for handle in handles:
             handle.remove()
     nodes = {n: run.node_of(t) for n, t in inputs.items() if isinstance(t, torch.Tensor)}
-    return Trace(run.graph, calls, values, run.reads, nodes)
+    return Trace(run.graph, calls, taps, values, run.reads, nodes)

@@ -520,7 +520,12 @@ REFUSALS = {
         pipeline_parallel_schedule="ZBVZeroBubble",
     ),
     "CSV that is not there": Refusal("missing.csv", pipeline_parallel_schedule_csv="missing.csv"),
-    "router logits": Refusal("output_router_logits", family="router"),
+    "router logits": Refusal(
+        "output_router_logits",
+        family="router",
+        patch_inner_model=False,
+        patch_causal_lm_model=False,
+    ),
     "model without layers": Refusal("Unsplittable cannot be split", family="unsplittable"),
 }
 
