@@ -44,6 +44,7 @@ _PRELOADED = (
     "torch.nn.parallel",
     "transformers",
     "transformers.models.llama.modeling_llama",
+    "peft",
     "hfpp.runtime.build_schedule",
     "hfpp.runtime.stage_shapes",
     "hfpp.runtime.pipeline",

@@ -538,18 +538,34 @@ def _by_key(result: list[Value], emissions: tuple[Emission, ...]) -> dict[Any, t
 
 def forward_constants(model: nn.Module) -> dict[str, Any]:
     """Arguments that every stage's own forward gets: no key-value cache while training."""
-    parameters = inspect.signature(type(model).forward).parameters
-    return {"use_cache": False} if "use_cache" in parameters else {}
+    return {"use_cache": False} if "use_cache" in _argument_names(model) else {}
 
 
 def first_argument(model: nn.Module) -> str:
     """Name of the argument that takes the token ids."""
-    parameters = list(inspect.signature(type(model).forward).parameters)[1:]
-    if not parameters:
+    names = _argument_names(model)
+    if not names:
         raise PipelineConfigError(
             f"{type(model).__name__}.forward takes no argument: a pipeline needs one for the input."
         )
-    return "input_ids" if "input_ids" in parameters else parameters[0]
+    return "input_ids" if "input_ids" in names else names[0]
+
+
+def _argument_names(model: nn.Module) -> list[str]:
+    """What the forward takes by name, also through wrappers that hand on whatever they are given.
+
+    Such a wrapper has ``**kwargs`` and the model as its only child.
+    """
+    names: list[str] = []
+    module: nn.Module | None = model
+    while module is not None:
+        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        names += [p.name for p in parameters if p.kind not in variable]
+        hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        children = list(module.children())
+        module = children[0] if hands_on and len(children) == 1 else None
+    return names
 
 
 def _run_sizes(model: nn.Module, rows: tuple[int, ...]) -> tuple[int, int]:

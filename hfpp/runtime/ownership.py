@@ -63,8 +63,9 @@ def find_ownership(
 ) -> Ownership:
     """Give every parameter its stage by what the stages' data flow needs.
 
-    Parameters that no stage's output depends on go where they are listed, else to stage 0 (those
-    inside a layer stay with it).
+    Parameters that no stage's output depends on go where they are listed, else to the stage that
+    has all of their module that is used (an adapter leaves the weights it replaces unused), else to
+    stage 0; those inside a layer stay with it.
 
     Args:
         model: the live model; which of its parameters are one tensor is read off it.
@@ -84,10 +85,13 @@ def find_ownership(
         if name.startswith(prefix):  # a layer's module that the model holds elsewhere, too
             stage = stage_of_layer[int(name[len(prefix) :].split(".")[0])]
             outer[stage].update(name for name in names if not name.startswith(prefix))
-    everywhere = set().union(*outer)
+    users = {name: stage for stage, used in enumerate(outer) for name in used}
     for name, names in same.items():
-        if not name.startswith(prefix) and name not in everywhere:
-            outer[listed(names[0]) or 0].add(name)
+        if not name.startswith(prefix) and name not in users:
+            place = listed(names[0])
+            if place is None:
+                place = _stage_of_relatives(names[0], users, prefix)
+            outer[place].add(name)
     holders: dict[str, list[int]] = {name: [] for name in same}
     for stage, kept in enumerate(outer):
         for name in kept:
@@ -104,6 +108,17 @@ def _names_of_modules(skeleton: nn.Module) -> dict[str, tuple[str, ...]]:
     for name, parameter in skeleton.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return {name: tuple(same) for same in names.values() for name in same}
+
+
+def _stage_of_relatives(name: str, users: Mapping[str, int], layers_prefix: str) -> int:
+    """The stage of the nearest used parameters of a module that does not hold the layers."""
+    parent = name.rpartition(".")[0]
+    while parent and not layers_prefix.startswith(f"{parent}."):
+        stages = {stage for used, stage in users.items() if used.startswith(f"{parent}.")}
+        if stages:
+            return stages.pop() if len(stages) == 1 else 0
+        parent = parent.rpartition(".")[0]
+    return 0
 
 
 def find_tied(model: nn.Module, holders: Mapping[str, Sequence[int]]) -> tuple[TiedParameter, ...]:

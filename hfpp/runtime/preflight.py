@@ -36,7 +36,19 @@ def model_facts(model: nn.Module) -> dict[str, str]:
     for name, value in values.items():
         if not name.startswith("_") and name != "transformers_version":
             facts[f"config.{name}"] = _short(value)
+    adapters: Any = getattr(model, "peft_config", None)
+    if isinstance(adapters, Mapping):  # their scale is in no parameter
+        facts["adapters"] = _digest({name: _settings(config) for name, config in adapters.items()})
     return facts
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """An adapter's settings; sets come in another order in every process."""
+    values: dict[str, Any] = getattr(config, "to_dict", dict)()
+    return {
+        name: sorted(map(str, value)) if isinstance(value, set | frozenset) else value
+        for name, value in values.items()
+    }
 
 
 def agree(facts: Mapping[str, Any], error: Exception | None, group: dist.ProcessGroup) -> None:

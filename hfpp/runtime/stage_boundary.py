@@ -120,9 +120,10 @@ def cast_dtype(part: nn.Module) -> torch.dtype | None:
     boundary = boundary_of(part)
     if boundary is None or boundary.anatomy is None:
         return None
+    split_in = {name: p.dtype for name, p in boundary.anatomy.skeleton.named_parameters()}
     for name, parameter in unwrapped(part).named_parameters():
-        if parameter.is_floating_point():
-            before = boundary.anatomy.skeleton.get_parameter(_without_wrappers(name)).dtype
+        before = split_in.get(_without_wrappers(name))  # None for adapters that came after
+        if before is not None and parameter.is_floating_point():
             return None if parameter.dtype == before else parameter.dtype
     return None
 

@@ -172,10 +172,13 @@ def _run_stage(
         ids = args[0] if args else kwargs.get(ids_name)
     else:
         slots = boundary.slots_in()
+        if not args and len(slots) == 1 and _is_floating(kwargs.get(ids_name)):
+            args = (kwargs.pop(ids_name),)  # a wrapper around the stage names what it hands on
         if len(args) != len(slots):
             raise ValueError(
                 f"stage {boundary.stage_index} of {boundary.num_stages} takes {len(slots)} "
-                f"tensors from the stage before, got {len(args)}."
+                f"tensors from the stage before, got {len(args)}. A wrapper around the stage must "
+                f"hand on positional arguments as such."
             )
         _adapt_stand_ins(stage, boundary, args[0])
         received = _with_own_gradients(args)
@@ -213,6 +216,10 @@ def _auxiliary_loss(
         for path in anatomy.returned.get(slot.key, ())
     }
     return auxiliary_loss_in(stage, anatomy.auxiliary, result, expected)
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _check_injected(kind: StageKind, running: Running) -> None:
