@@ -15,6 +15,7 @@ from hfpp.runtime import torch_compat as compat
 from hfpp.runtime.auxiliary_loss import AuxiliaryLosses
 from hfpp.runtime.batch_arguments import BatchArguments
 from hfpp.runtime.forward_only import forward_actions, run_forward
+from hfpp.runtime.needed_gradients import agree_on_gradients, check_nothing_thawed
 
 if TYPE_CHECKING:
     from hfpp.plan.actions import Action
@@ -80,6 +81,7 @@ class ControlledSchedule(compat.PreparedSchedule):
         self._rows = _rows(target)
         self._check_shapes(args)
         self._agree_on_keywords(kwargs)
+        self._agree_on_gradients()
         self.auxiliary.start()
         with ExitStack() as contexts:
             for make in self._step_contexts:
@@ -212,6 +214,13 @@ class ControlledSchedule(compat.PreparedSchedule):
                 f"{everyone[0]}, rank {odd} passes {everyone[odd]}. Pass the same on every rank: "
                 f"each stage runs the model's forward with them"
             )
+
+    def _agree_on_gradients(self) -> None:
+        """Before torch makes the stages ready; what changed since must still do."""
+        stages = compat.local_stages(self)
+        if not compat.is_initialized(self):
+            agree_on_gradients(stages)
+        check_nothing_thawed(stages)
 
     def _check_shapes(self, args: tuple[Any, ...]) -> None:
         """Other shapes than the known ones would arrive garbled at the next stage."""

@@ -11,11 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hfpp.errors import PipelineConfigError
 from hfpp.runtime import torch_compat as compat
+from hfpp.runtime.needed_gradients import SparingStage
 
 __all__ = ["ReducingStage", "fit_wrappers"]
 
 
-class ReducingStage(PipelineStage):
+class ReducingStage(SparingStage):
     """A stage whose FSDP2 module reduces its gradients after every microbatch.
 
     torch's stages do so once per step: unsharded gradients of the whole stage stay in memory until

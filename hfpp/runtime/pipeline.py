@@ -15,6 +15,7 @@ from hfpp.errors import PipelineConfigError
 from hfpp.plan.schedule import find_schedule
 from hfpp.runtime.build_schedule import build_pipeline_schedule, check_pipeline_schedule
 from hfpp.runtime.data_parallel import ReducingStage
+from hfpp.runtime.needed_gradients import SparingStage
 from hfpp.runtime.preflight import agree, model_facts
 from hfpp.runtime.split_model import split_model_into_stages
 from hfpp.runtime.stage_boundary import boundary_of
@@ -127,7 +128,7 @@ def pipeline_model(
             patch_causal_lm_model,
             round_to_pp_multiple,
             pipeline_parallel_schedule_csv=pipeline_parallel_schedule_csv,
-            stage_class=ReducingStage if reduce_grad_per_microbatch else PipelineStage,
+            stage_class=ReducingStage if reduce_grad_per_microbatch else SparingStage,
             names_argument="module_fqns_per_model_part",
             verify=verify,
         )

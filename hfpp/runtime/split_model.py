@@ -29,6 +29,7 @@ from hfpp.runtime.module_names import (
     offsets_of,
     stage_listing,
 )
+from hfpp.runtime.needed_gradients import SparingStage
 from hfpp.runtime.ownership import Ownership, find_ownership, separate_copies
 from hfpp.runtime.prune import prune
 from hfpp.runtime.repeated_layers import separate_places
@@ -58,7 +59,7 @@ def split_model_into_stages(
     *,
     pipeline_parallel_schedule_csv: str | PathLike[str] | None = None,
     anatomy: Anatomy | None = None,
-    stage_class: type[PipelineStage] = PipelineStage,
+    stage_class: type[PipelineStage] = SparingStage,
     names_argument: str = "module_names_per_stage",
     verify: Callable[[nn.Module, int], None] | None = None,
 ) -> tuple[list[PipelineStage], list[nn.Module]]:

@@ -25,11 +25,13 @@ from hfpp.runtime.auxiliary_loss import (
 from hfpp.runtime.emitting import make_capturing
 from hfpp.runtime.hollow import CutReached, Running, disguise
 from hfpp.runtime.hollow_modules import foreign_modules, make_replaceable
+from hfpp.runtime.needed_gradients import mark
 from hfpp.runtime.paths import get_at, set_at
 from hfpp.runtime.stage_kinds import OwnRole, StageKind, kind_for, stage_kind, use_kind
 
 if TYPE_CHECKING:
     from hfpp.runtime.auxiliary_loss import AuxiliaryLoss
+    from hfpp.runtime.needed_gradients import NeededGradients
     from hfpp.runtime.paths import Path
     from hfpp.runtime.stage_boundary import StageBoundary
 
@@ -128,7 +130,9 @@ class _OwnGradients(torch.autograd.Function):
         return tuple(gradient.contiguous() for gradient in gradients)
 
 
-def _with_own_gradients(received: tuple[Any, ...]) -> tuple[Any, ...]:
+def _with_own_gradients(received: tuple[Any, ...], *, needed: bool) -> tuple[Any, ...]:
+    if not needed:
+        return tuple(tensor.detach() for tensor in received)
     differentiable = [tensor for tensor in received if tensor.requires_grad]
     if not differentiable:
         return received
@@ -151,6 +155,7 @@ def _run_stage(
     ids_name: str = stage.__dict__["_hfpp_ids_name"]
     check_flag(stage, kwargs)
     check_taken(stage)
+    needed: NeededGradients = stage.__dict__["_hfpp_gradients"]
     kind = kind_for(stage, args, kwargs)
     use_kind(stage, kind)
     boundary = kind.boundary
@@ -181,7 +186,7 @@ def _run_stage(
                 f"hand on positional arguments as such."
             )
         _adapt_stand_ins(stage, boundary, args[0])
-        received = _with_own_gradients(args)
+        received = _with_own_gradients(args, needed=needed.incoming)
         ids = kwargs.pop(ids_name, None)
         if ids is None:
             ids = _ids_for(boundary, received)
@@ -193,7 +198,7 @@ def _run_stage(
             result = own_forward(*args, **kwargs)
         except CutReached:
             _check_injected(kind, running)
-            return _outgoing(boundary, running, ids)
+            return _outgoing(boundary, running, ids, needed=needed.outgoing)
         _check_injected(kind, running)
         if boundary.is_last:
             running.auxiliary = _auxiliary_loss(stage, boundary, running, result)
@@ -266,7 +271,7 @@ def _ids_for(boundary: StageBoundary, received: tuple[torch.Tensor, ...]) -> tor
     return torch.zeros(sizes, dtype=torch.int64, device=received[0].device)
 
 
-def _outgoing(boundary: StageBoundary, running: Running, ids: Any) -> Any:
+def _outgoing(boundary: StageBoundary, running: Running, ids: Any, *, needed: bool) -> Any:
     known = {slot.key: index for index, slot in enumerate(boundary.slots_in())}
     out = []
     for position, slot in enumerate(boundary.slots_out()):
@@ -280,7 +285,9 @@ def _outgoing(boundary: StageBoundary, running: Running, ids: Any) -> Any:
         tensor = tensor.contiguous()
         if tensor._is_view():
             tensor = tensor.clone()  # split backward detaches outputs in place, views forbid that
-        if slot.is_floating and torch.is_grad_enabled() and not tensor.requires_grad:
+        if not needed:
+            tensor = tensor.detach()
+        elif slot.is_floating and torch.is_grad_enabled() and not tensor.requires_grad:
             tensor = tensor.detach().requires_grad_()  # behind frozen layers
         out.append(tensor)
     return out[0] if len(out) == 1 else tuple(out)
@@ -311,6 +318,7 @@ def make_stage(
 ) -> None:
     """Turn a structural copy, its foreign layers hollow, into a stage; in place."""
     running, anatomy, configs = Running(), boundary.anatomy, flagged_configs(stage)
+    mark(stage)
     stage.__class__ = _stage_class(type(stage))
     stage.__dict__.update(
         _hfpp_boundary=boundary,

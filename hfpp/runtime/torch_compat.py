@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,6 +38,7 @@ __all__ = [
     "PreparedSchedule",
     "TorchSchedule",
     "clear_run",
+    "drop_input_gradients",
     "drop_microbatch",
     "forget_infrastructure",
     "forget_initialization",
@@ -58,6 +60,7 @@ __all__ = [
     "schedule_class",
     "send",
     "restore_metadata",
+    "set_static_gradients",
     "set_static_metadata",
     "static_metadata",
     "split_batch",
@@ -358,6 +361,15 @@ def infers_from_real_inputs(stage: object) -> bool:
     return hasattr(stage, "_user_meta")
 
 
+def set_static_gradients(stage: object, *, inputs: bool, outputs: bool) -> None:
+    """Corrects which of the shapes that a stage was given have a gradient: none, or as before."""
+    meta = getattr(stage, "_user_meta", None)
+    for name, needed in (("inputs", inputs), ("outputs", outputs)):
+        given = getattr(meta, name, None)
+        if given is not None and not needed:
+            setattr(meta, name, tuple(replace(one, requires_grad=False) for one in given))
+
+
 def has_static_metadata(stage: object) -> bool:
     """Whether a stage knows the shapes of its inputs and outputs before it has run."""
     target = cast("Any", stage)
@@ -489,6 +501,11 @@ def drop_microbatch(stage: PipelineStage, microbatch: int) -> None:
     """Drops a microbatch's inputs and outputs, which a backward would need."""
     for name in ("fwd_cache", "_forward_chunk_states"):
         getattr(stage, name, {}).pop(microbatch, None)
+
+
+def drop_input_gradients(stage: PipelineStage, microbatch: int) -> None:
+    """Drops the gradients of a microbatch's inputs, if there are any: nobody takes them."""
+    stage.bwd_cache.pop(microbatch, None)
 
 
 # Batches
