@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -692,11 +692,23 @@ def _primary_output(name: str, result: list[Value]) -> Value:
         if path in paths:
             return paths[path]
     top = [value for value in result if len(value.path) == 1]
+    named = [step.name for value in top for step in value.path if isinstance(step, Key)]
+    if len(named) > 1:
+        raise several_outputs(name, named)
     if not top:
         raise PipelineConfigError(
             f"{name} cannot be split: its forward returns no tensor at its top level."
         )
     return top[0]
+
+
+def several_outputs(name: str, outputs: Sequence[str]) -> PipelineConfigError:
+    """What to say of a model that names several results, none of them the one that is meant."""
+    return PipelineConfigError(
+        f"{name} returns several tensors ({', '.join(outputs)}), but a pipeline returns "
+        f"one: wrap the model in a module whose forward joins them, as torch.stack does, or names "
+        f"the one that the loss takes 'logits'."
+    )
 
 
 def _at(values: list[Value], path: Path) -> Value:

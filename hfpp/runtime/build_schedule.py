@@ -14,6 +14,7 @@ from hfpp.plan.placement import Placement
 from hfpp.plan.schedule import check_microbatches, find_schedule, read_csv, verify
 from hfpp.runtime import torch_compat as compat
 from hfpp.runtime.auxiliary_loss import AuxiliaryLosses
+from hfpp.runtime.compiled import refuse_wrapping_compilation, spare_late_weights
 from hfpp.runtime.controlled_schedule import add_step_context, controlled
 from hfpp.runtime.data_parallel import fit_wrappers
 from hfpp.runtime.tied_weights import TiedGradients
@@ -58,13 +59,17 @@ def build_pipeline_schedule(
         assert request.spec is not None
         name, torch_class = request.spec.name, compat.schedule_class(request.spec.name)
     single = request.spec is not None and request.spec.single_stage
+    refuse_wrapping_compilation(stages, name)
     schedule = controlled(torch_class)(
         stages[0] if single else stages, n_microbatches, loss_fn=loss_fn, scale_grads=False
     )
     schedule.auxiliary = auxiliary
     if request.table is not None:
         compat.load_table(schedule, request.table)
-    fit_wrappers(stages, splits_backward=compat.splits_backward(schedule))
+    splits_backward = compat.splits_backward(schedule)
+    fit_wrappers(stages, splits_backward=splits_backward)
+    if splits_backward:
+        spare_late_weights(stages, name)
     tied = TiedGradients(stages)
     if tied:
         add_step_context(schedule, tied.around_step)

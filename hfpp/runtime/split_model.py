@@ -19,6 +19,7 @@ from hfpp.plan.placement import Placement, stage_ids_this_rank
 from hfpp.plan.schedule import find_schedule, read_csv
 from hfpp.runtime.anatomy import Anatomy, find_anatomy, first_argument, forward_constants
 from hfpp.runtime.auxiliary_loss import FLAG, asks_for_auxiliary_loss, flagged_configs
+from hfpp.runtime.compiled import nothing_left, warn_of_lost_compilation
 from hfpp.runtime.hollow import hollow_layer, hollow_parameters
 from hfpp.runtime.module_copy import copy_structure
 from hfpp.runtime.module_names import (
@@ -93,6 +94,7 @@ def split_model_into_stages(
         _refuse_lost_loss(model, "its own forward sees only the routers of its own layers")
     elif not own_forward and anatomy is None:
         _refuse_lost_loss(model, "its forward could not be followed")
+    warn_of_lost_compilation(model)
     if verify is not None:
         if own_forward:
             raise PipelineConfigError(
@@ -333,9 +335,5 @@ def _pipeline_stage(
     # torch's split backward walks the graph once per boundary value and fails where they share
     # it; a weight-gradient step that has nothing left to do is always right
     several = any(sum(slot.is_floating for slot in side) > 1 for side in slots)
-    builder = _nothing_left if several else None
+    builder = nothing_left if several else None
     return stage_class(module, index, num_stages, device, group=group, dw_builder=builder)
-
-
-def _nothing_left() -> Any:
-    return lambda: None

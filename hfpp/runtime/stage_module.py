@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hfpp.errors import PipelineConfigError
-from hfpp.runtime.anatomy import IDS
+from hfpp.runtime.anatomy import IDS, several_outputs
 from hfpp.runtime.auxiliary_loss import (
     asks_for_auxiliary_loss,
     auxiliary_loss_in,
@@ -299,6 +299,9 @@ def primary_output(result: Any) -> Any:
         for name in ("logits", "last_hidden_state"):
             if isinstance(result.get(name), torch.Tensor):
                 return result[name]
+        tensors = [name for name, item in result.items() if isinstance(item, torch.Tensor)]
+        if len(tensors) > 1:
+            raise several_outputs("the model", tensors)
         result = tuple(result.values())
     if isinstance(result, tuple | list):
         tensors = [item for item in result if isinstance(item, torch.Tensor)]

@@ -47,6 +47,8 @@ __all__ = [
     "has_static_metadata",
     "infers_from_real_inputs",
     "initialize",
+    "is_compiled_by_wrapping",
+    "is_compiled_in_place",
     "is_forward_initialized",
     "is_initialized",
     "is_intercepted",
@@ -506,6 +508,19 @@ def drop_microbatch(stage: PipelineStage, microbatch: int) -> None:
 def drop_input_gradients(stage: PipelineStage, microbatch: int) -> None:
     """Drops the gradients of a microbatch's inputs, if there are any: nobody takes them."""
     stage.bwd_cache.pop(microbatch, None)
+
+
+# Compiled modules
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def is_compiled_by_wrapping(module: nn.Module) -> bool:
+    """Whether it is what ``torch.compile(module)`` returns."""
+    return "_orig_mod" in module._modules
 
 
 # Batches
