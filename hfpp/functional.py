@@ -596,7 +596,8 @@ def pipeline_model(
     """Turns a model into a pipeline: splits it, parallelizes the parts and builds the schedule.
 
     Everything that can be checked is checked before the first collective, and then that all ranks
-    agree on the model and the settings.
+    agree on the model and the settings. What `requires_grad` says on the first step counts: stages
+    before the first one that trains something run no backward and are sent no gradients.
 
     With ``config.output_router_logits=True``, a mixture of experts trains on its routers' auxiliary
     loss too: the losses are those of ``loss_fn`` plus what the model itself would add to each

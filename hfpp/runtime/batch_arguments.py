@@ -11,6 +11,7 @@ from torch import nn
 
 from hfpp.errors import PipelineConfigError
 from hfpp.runtime import torch_compat as compat
+from hfpp.runtime.compiled import nothing_left
 from hfpp.runtime.input_kinds import InputKind, check_kind, feature_lengths, find_kind, remember
 from hfpp.runtime.input_kinds import further_arguments as further_of
 from hfpp.runtime.paths import walk_tensors
@@ -176,17 +177,12 @@ def _set_crossing(
     ends = [] if stage.is_first else [crossing[stage.stage_index - 1]]
     ends += [] if stage.is_last else [crossing[stage.stage_index]]
     if any(sum(dtype.is_floating_point for _, dtype in end) > 1 for end in ends):
-        stage.dw_builder = _nothing_left
+        stage.dw_builder = nothing_left  # see split_model
     taken = ((tuple(ids.shape), ids.dtype),)
     given = ((output.shape, output.dtype),)
     inputs = taken if stage.is_first else crossing[stage.stage_index - 1]
     outputs = given if stage.is_last else crossing[stage.stage_index]
     compat.set_static_metadata(stage, _metas(inputs), _metas(outputs))
-
-
-def _nothing_left() -> Any:
-    """Split backward fails on several values that share a graph; see ``split_model``."""
-    return lambda: None
 
 
 def _metas(
