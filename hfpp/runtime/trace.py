@@ -437,9 +437,11 @@ def _calling_function() -> str:
     """The torch.autograd.Function in whose forward this is called; empty in none."""
     frame = sys._getframe(1)
     while (frame := frame.f_back) is not None:  # type: ignore[assignment]
-        if not frame.f_code.co_argcount:
+        code = frame.f_code
+        # looking at a frame's variables keeps them alive until it ends: only where needed
+        if code.co_name != "forward" or not code.co_argcount or code.co_varnames[0] == "self":
             continue
-        context = frame.f_locals.get(frame.f_code.co_varnames[0])
+        context = frame.f_locals.get(code.co_varnames[0])
         if isinstance(context, torch.autograd.function.FunctionCtx):
             return type(context).__name__.removesuffix("Backward")
     return ""
