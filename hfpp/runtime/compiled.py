@@ -1,4 +1,4 @@
-"""Compiled modules in a stage: what a split loses of them, and what late weights cost them."""
+"""Compiled modules: stages compile what the model had compiled; what late weights cost them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage
 
 __all__ = [
+    "compile_alike",
     "nothing_left",
     "refuse_wrapping_compilation",
     "spare_late_weights",
-    "warn_of_lost_compilation",
 ]
 
 logger = logging.getLogger(__name__)
@@ -31,14 +31,30 @@ def nothing_left() -> Callable[[], None]:
     return lambda: None
 
 
-def warn_of_lost_compilation(model: nn.Module) -> None:
-    """Stages are copies, and copies of a module that was compiled in place are not compiled."""
-    if any(map(compat.is_compiled_in_place, model.modules())):
-        logger.warning(
-            "%s has modules that were compiled before the split, which its stages run uncompiled: "
-            "call module.compile() on the stages' layers in parallelize_fn.",
-            type(model).__name__,
-        )
+def compile_alike(model: nn.Module, stage: nn.Module, layers_name: str) -> None:
+    """Compile what ``model`` has compiled by ``module.compile()``, which copies leave behind.
+
+    What holds the list of layers stays as it is: a stage leaves its forward in the middle.
+
+    Args:
+        model: the unsplit model.
+        stage: the copy, its foreign layers hollow; changed in place.
+        layers_name: FQN of the list of layers.
+    """
+    modules = dict(stage.named_modules(remove_duplicate=False))
+    for name, module in model.named_modules():
+        compiled, twin = module.__dict__.get("_compiled_call_impl"), modules.get(name)
+        if compiled is None or twin is None:
+            continue
+        around = not name or layers_name == name or layers_name.startswith(f"{name}.")
+        alike = None if around else compat.compiled_alike(compiled, twin._call_impl)
+        if alike is None:
+            logger.warning(
+                "%s %r of %s was compiled before the split, its stages run it uncompiled: compile "
+                "the layers of each part in parallelize_fn.",
+                type(module).__name__, name, type(model).__name__,
+            )  # fmt: skip
+        twin._compiled_call_impl = alike
 
 
 def refuse_wrapping_compilation(stages: Iterable[PipelineStage], schedule: str) -> None:

@@ -19,7 +19,7 @@ from hfpp.plan.placement import Placement, stage_ids_this_rank
 from hfpp.plan.schedule import find_schedule, read_csv
 from hfpp.runtime.anatomy import Anatomy, find_anatomy, first_argument, forward_constants
 from hfpp.runtime.auxiliary_loss import FLAG, asks_for_auxiliary_loss, flagged_configs
-from hfpp.runtime.compiled import nothing_left, warn_of_lost_compilation
+from hfpp.runtime.compiled import compile_alike, nothing_left
 from hfpp.runtime.hollow import hollow_layer, hollow_parameters
 from hfpp.runtime.module_copy import copy_structure
 from hfpp.runtime.module_names import (
@@ -94,7 +94,6 @@ def split_model_into_stages(
         _refuse_lost_loss(model, "its own forward sees only the routers of its own layers")
     elif not own_forward and anatomy is None:
         _refuse_lost_loss(model, "its forward could not be followed")
-    warn_of_lost_compilation(model)
     if verify is not None:
         if own_forward:
             raise PipelineConfigError(
@@ -293,6 +292,7 @@ def _structural_copy(
         ]
         if dropped:
             hollow_parameters(module, dropped)
+    compile_alike(model, stage, anatomy.layers_name)
     return stage
 
 

@@ -7,6 +7,7 @@ after them takes what crosses the next cut and ends the forward.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from hfpp.runtime.hollow_modules import foreign_modules, make_replaceable
 from hfpp.runtime.needed_gradients import mark
 from hfpp.runtime.paths import get_at, set_at
 from hfpp.runtime.stage_kinds import OwnRole, StageKind, kind_for, stage_kind, use_kind
+from hfpp.runtime.torch_compat import uncompiled, uncompiled_itself
 
 if TYPE_CHECKING:
     from hfpp.runtime.auxiliary_loss import AuxiliaryLoss
@@ -38,13 +40,26 @@ if TYPE_CHECKING:
 _MARK = "_hfpp_received"
 
 
+_own_layer_classes: weakref.WeakKeyDictionary[type, weakref.ref[type]] = weakref.WeakKeyDictionary()
+"""One per class of layers: torch.compile tells code apart by the class that runs it."""
+
+
 def _own_layer_class(base: type[nn.Module]) -> type[nn.Module]:
+    known = _own_layer_classes.get(base)
+    found = None if known is None else known()
+    if found is not None:
+        return found
+
     class OwnLayer(base):  # type: ignore[misc, valid-type]
+        # a compiled layer takes what was received as its arguments, and knows nothing of them
+        @uncompiled_itself
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             args, kwargs = _with_received(self, args, kwargs)
             return super().__call__(*args, **kwargs)
 
-    return disguise(OwnLayer, base)
+    disguise(OwnLayer, base)
+    _own_layer_classes[base] = weakref.ref(OwnLayer)
+    return OwnLayer
 
 
 def inject_into(layer: nn.Module) -> None:
@@ -53,6 +68,7 @@ def inject_into(layer: nn.Module) -> None:
     layer.__dict__["_hfpp_role"] = None
 
 
+@uncompiled
 def _with_received(layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Put what was received in the place of what the model's code before this layer computed.
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -38,6 +38,7 @@ __all__ = [
     "PreparedSchedule",
     "TorchSchedule",
     "clear_run",
+    "compiled_alike",
     "drop_input_gradients",
     "drop_microbatch",
     "forget_infrastructure",
@@ -67,6 +68,8 @@ __all__ = [
     "static_metadata",
     "split_batch",
     "splits_backward",
+    "uncompiled",
+    "uncompiled_itself",
     "undisturbed",
 ]
 
@@ -585,3 +588,27 @@ def is_intercepted() -> bool:
     lengths = [getattr(torch._C, name, lambda: 1)() for name in stacks]
     hooked = getattr(torch.nn.modules.module, "_has_any_global_hook", lambda: True)
     return any(lengths) or bool(hooked())
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def uncompiled(function: Function) -> Function:
+    """Keep ``function``, and all that it calls, out of what torch.compile compiles around it."""
+    return cast("Function", torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+
+def uncompiled_itself(function: Function) -> Function:
+    """As ``uncompiled``, but what ``function`` calls is compiled."""
+    return cast("Function", torch.compiler.disable(function, recursive=False))  # type: ignore[no-untyped-call]
+
+
+def compiled_alike(compiled: Any, function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """``function`` compiled as ``compiled`` was; None where its settings cannot be found."""
+    wrapper = getattr(compiled, "__func__", compiled)
+    names = getattr(getattr(wrapper, "__code__", None), "co_freevars", ())
+    cells = dict(zip(names, getattr(wrapper, "__closure__", None) or (), strict=False))
+    context = cells["self"].cell_contents if "self" in cells else None
+    if not callable(context) or not hasattr(context, "callback"):
+        return None
+    return cast("Callable[..., Any]", context(function))
