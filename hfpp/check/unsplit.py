@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hfpp.check.inputs import Batch, Microbatch
 from hfpp.runtime.anatomy import forward_constants
-from hfpp.runtime.auxiliary_loss import asks_for_auxiliary_loss, flagged_configs
+from hfpp.runtime.auxiliary_term import asks_for_auxiliary_loss, flagged_configs
 from hfpp.runtime.paths import walk_tensors
 from hfpp.runtime.stage_module import primary_output
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from hfpp.errors import PipelineConfigError
 from hfpp.runtime.anatomy_cache import AnatomyCache
-from hfpp.runtime.auxiliary_loss import (
+from hfpp.runtime.auxiliary_term import (
     AuxiliaryTerm,
     asks_for_auxiliary_loss,
     find_auxiliary_term,

@@ -18,7 +18,7 @@ from hfpp.plan.partition import calculate_virtual_stages, check_rounding, unifor
 from hfpp.plan.placement import Placement, stage_ids_this_rank
 from hfpp.plan.schedule import find_schedule, read_csv
 from hfpp.runtime.anatomy import Anatomy, find_anatomy, first_argument, forward_constants
-from hfpp.runtime.auxiliary_loss import FLAG, asks_for_auxiliary_loss, flagged_configs
+from hfpp.runtime.auxiliary_term import FLAG, asks_for_auxiliary_loss, flagged_configs
 from hfpp.runtime.compiled import compile_alike, nothing_left
 from hfpp.runtime.hollow import hollow_layer, hollow_parameters
 from hfpp.runtime.module_copy import copy_structure

@@ -16,13 +16,8 @@ from torch import nn
 
 from hfpp.errors import PipelineConfigError
 from hfpp.runtime.anatomy import IDS, several_outputs
-from hfpp.runtime.auxiliary_loss import (
-    asks_for_auxiliary_loss,
-    auxiliary_loss_in,
-    check_flag,
-    check_taken,
-    flagged_configs,
-)
+from hfpp.runtime.auxiliary_loss import auxiliary_loss_in, check_flag, check_taken
+from hfpp.runtime.auxiliary_term import asks_for_auxiliary_loss, flagged_configs
 from hfpp.runtime.emitting import make_capturing
 from hfpp.runtime.hollow import CutReached, Running, disguise
 from hfpp.runtime.hollow_modules import foreign_modules, make_replaceable
