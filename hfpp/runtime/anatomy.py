@@ -385,6 +385,11 @@ class _ForwardFailedError(PipelineConfigError):
     """The model's own code raised an error in the hollow run."""
 
 
+def forget_anatomies() -> None:
+    """Give back the memory of the anatomies that `find_anatomy` remembers."""
+    _KNOWN.clear()
+
+
 def _take_apart(model: nn.Module) -> Anatomy:
     name, skeleton = type(model).__name__, meta_skeleton(model)
     try:

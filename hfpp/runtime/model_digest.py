@@ -129,7 +129,7 @@ class _Writer:
             elif name in ("_parameters", "_buffers"):
                 for tensor_name, tensor in value.items():
                     self.parts.append(tensor_name)
-                    self.value(tensor)
+                    self._registered(tensor)
             elif name in _OWN_TABLES and type(value) is not type(_OWN_TABLES[name]):
                 raise _OpaqueError
             elif name in _OWN_TABLES and isinstance(value, Mapping):
@@ -138,10 +138,17 @@ class _Writer:
             else:
                 self.value(value)
 
+    def _registered(self, tensor: torch.Tensor | None) -> None:
+        if tensor is None or id(tensor) in self._seen:
+            self.value(tensor)
+        else:
+            self._seen[id(tensor)] = len(self._seen)
+            self._tensor(tensor)  # a large buffer has no values in a skeleton
+
     def _tensor(self, tensor: torch.Tensor) -> None:
         if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout is not torch.strided:
             raise _OpaqueError
-        meta = "meta" if tensor.device.type == "meta" else "data"
+        meta = "meta" if tensor.is_meta else "data"
         layout = (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad)
         self.parts.append(f"{type(tensor).__name__} {meta} {layout}")
         if isinstance(tensor, nn.Parameter):
@@ -181,7 +188,7 @@ class _Writer:
 
     def _object(self, value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            if not isinstance(value, nn.Parameter) and not keeps_values(value):
+            if not (isinstance(value, nn.Parameter) or value.is_meta or keeps_values(value)):
                 raise _OpaqueError
             self._tensor(value)
         elif isinstance(value, types.MethodType):

@@ -38,6 +38,22 @@ def test_a_model_without_a_config() -> None:
     assert not same_run(find_anatomy(PlainModel()), find_anatomy(PlainModel(depth=5)))
 
 
+def test_models_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        first, second = tiny_model("mistral"), tiny_model("mistral")
+    assert same_run(find_anatomy(first), find_anatomy(second))
+    assert not same_run(find_anatomy(first), find_anatomy(tiny_model("mistral")))
+
+
+def test_large_buffers_count_by_shape_and_small_ones_by_value() -> None:
+    models = [PlainModel() for _ in range(4)]
+    for model, size, value in zip(models, (1 << 17, 1 << 17, 8, 8), (1, 2, 1, 2), strict=True):
+        model.register_buffer("table", torch.full((size,), value))
+    large, other_large, small, other_small = map(find_anatomy, models)
+    assert same_run(large, other_large)
+    assert not same_run(small, other_small)
+
+
 class LowRank(nn.Module):
     """An adapter around a linear layer."""
 
