@@ -22,7 +22,6 @@ import pytest
 
 import hfpp
 from tests.commands import ROOT, CommandError, run_command
-from tests.models import FAMILIES
 
 pytestmark = pytest.mark.torch
 
@@ -30,7 +29,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 _BLOCK = re.compile(
     r"(?:^<!-- (?P<directive>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S
 )
-_LANGUAGES = {"python", "bash", "pycon"}
+_LANGUAGES = {"python", "bash", "json", "pycon"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +75,7 @@ def test_no_block_is_left_out() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("readme")
     for name, code in FILES.items():
+        (made / name).parent.mkdir(exist_ok=True)
         (made / name).write_text(code, encoding="utf-8")
     return made
 
@@ -90,13 +90,16 @@ def test_commands(command: str, folder: Path) -> None:
         losses = [float(number) for number in re.findall(r"loss (\S+)", output)]
         assert len(losses) == 10
         assert losses[-1] < losses[0]
+    elif command.startswith("hfpp check"):
+        assert output.startswith("Gemma2ForCausalLM: exact\n")
+        assert re.findall(r"^(\d) stages: exact$", output, re.M) == ["2", "4"]
     else:
         (made,) = set(folder.iterdir()) - before
         results = {"loss.png", "metrics.jsonl", "schedule.svg", "summary.json"}
         assert results <= {path.name for path in made.iterdir()}
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".py")])
 def test_continued_scripts(name: str, tmp_path: Path) -> None:
     parts = [block.code for block in BLOCKS if block.verb == "continues" and block.name == name]
     shape = "(8, 48, 256) if pipeline.has_last_stage else None"
@@ -140,7 +143,7 @@ def test_set_up_is_what_the_project_files_say() -> None:
     others = [command for command in commands if command[0] != "make"]
     named = {target for command in commands if command not in others for target in command[1:]}
     assert others == [["pip", "install", "."]]
-    assert named == {"test", "lint", "bench", "sanitize", "demo"}
+    assert named == {"test", "sweep", "lint", "bench", "sanitize", "demo"}
     assert named <= targets
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["requires-python"] == ">=3.11,<3.15"
@@ -155,9 +158,12 @@ def test_the_functions_are_all_there() -> None:
     assert sorted(listed) == sorted(hfpp.functional.__all__)
 
 
-def test_the_families_are_as_many_as_are_tested() -> None:
-    counts = re.findall(r"compares (\d+) model families", README)
-    assert counts == [str(len(FAMILIES))]
+def test_the_architectures_are_as_many_as_the_table_has() -> None:
+    table = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+    counts = re.findall(r"(\d+) of (\d+) classes are exact", table)
+    shown = re.findall(r"(\d+) of (\d+) classes exact", README)
+    assert shown == counts
+    assert len(counts) == 2
 
 
 def test_the_picture_is_what_the_code_draws() -> None:
