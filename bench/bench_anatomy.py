@@ -21,7 +21,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from hfpp.runtime.anatomy import Anatomy, find_anatomy
+from hfpp.runtime.anatomy import Anatomy
+from hfpp.runtime.find_anatomy import find_anatomy
 
 ROUNDS = 3
 LIMIT_SECONDS, LIMIT_BYTES = 15, 1e9

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask
 
 from hfpp.plan.partition import uniform_offsets
-from hfpp.runtime.anatomy import find_anatomy
+from hfpp.runtime.find_anatomy import find_anatomy
 from hfpp.runtime.ownership import find_ownership
 from hfpp.runtime.split_model import build_stages
 

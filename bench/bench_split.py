@@ -19,7 +19,8 @@ from torch import nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hfpp.plan.partition import uniform_offsets
-from hfpp.runtime.anatomy import Anatomy, find_anatomy, forget_anatomies
+from hfpp.runtime.anatomy import Anatomy
+from hfpp.runtime.find_anatomy import find_anatomy, forget_anatomies
 from hfpp.runtime.ownership import find_ownership
 from hfpp.runtime.split_model import build_stages
 

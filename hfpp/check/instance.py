@@ -29,7 +29,8 @@ from hfpp.check.unsplit import (
     run_unsplit,
 )
 from hfpp.errors import PipelineConfigError
-from hfpp.runtime.anatomy import Anatomy, find_anatomy
+from hfpp.runtime.anatomy import Anatomy
+from hfpp.runtime.find_anatomy import find_anatomy
 
 TOKENS = 21  # longer than the windows of a shrunk model, and no multiple of its chunks
 _ROUND_LENGTHS = (8, 64)  # multiples to try where a model does not run with the length asked for

@@ -7,7 +7,8 @@ from torch import nn
 
 from hfpp.check.compare import argument_name
 from hfpp.check.report import Crossing, Cut, StagePart
-from hfpp.runtime.anatomy import IDS, Anatomy, Slot
+from hfpp.runtime.anatomy import Anatomy
+from hfpp.runtime.crossing import IDS, Slot
 from hfpp.runtime.ownership import Ownership
 from hfpp.runtime.split_model import uniform_ownership
 

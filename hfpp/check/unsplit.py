@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from hfpp.check.inputs import Batch, Microbatch
-from hfpp.runtime.anatomy import forward_constants
 from hfpp.runtime.auxiliary_term import asks_for_auxiliary_loss, flagged_configs
+from hfpp.runtime.model_inputs import forward_constants
 from hfpp.runtime.paths import walk_tensors
 from hfpp.runtime.stage_module import primary_output
 

@@ -21,7 +21,8 @@ from hfpp.runtime.stage_boundary import boundary_of, cast_dtype, unwrapped
 if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage
 
-    from hfpp.runtime.anatomy import Anatomy, TensorLike
+    from hfpp.runtime.anatomy import Anatomy
+    from hfpp.runtime.crossing import TensorLike
     from hfpp.runtime.stage_boundary import StageBoundary
 
 Crossing = tuple[tuple[tuple[tuple[int, ...], torch.dtype], ...], ...]

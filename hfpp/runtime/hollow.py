@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from hfpp.runtime.anatomy import Hidden, LayerCall, TensorLike
+from hfpp.runtime.crossing import Hidden, LayerCall, TensorLike
 from hfpp.runtime.paths import get_at
 
 if TYPE_CHECKING:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hfpp.errors import PipelineConfigError
-from hfpp.runtime.anatomy import Anatomy, TensorLike, anatomy_for
+from hfpp.runtime.anatomy import Anatomy
+from hfpp.runtime.crossing import TensorLike
+from hfpp.runtime.find_anatomy import anatomy_for
 from hfpp.runtime.paths import map_tensors, walk_tensors
 from hfpp.runtime.trace import HollowRun
 

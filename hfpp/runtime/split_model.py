@@ -17,10 +17,12 @@ from hfpp.errors import PipelineConfigError
 from hfpp.plan.partition import calculate_virtual_stages, check_rounding, uniform_offsets
 from hfpp.plan.placement import Placement, stage_ids_this_rank
 from hfpp.plan.schedule import find_schedule, read_csv
-from hfpp.runtime.anatomy import Anatomy, find_anatomy, first_argument, forward_constants
+from hfpp.runtime.anatomy import Anatomy
 from hfpp.runtime.auxiliary_term import FLAG, asks_for_auxiliary_loss, flagged_configs
 from hfpp.runtime.compiled import compile_alike, nothing_left
+from hfpp.runtime.find_anatomy import find_anatomy
 from hfpp.runtime.hollow import hollow_layer, hollow_parameters
+from hfpp.runtime.model_inputs import first_argument, forward_constants
 from hfpp.runtime.module_copy import copy_structure
 from hfpp.runtime.module_names import (
     HOOK,

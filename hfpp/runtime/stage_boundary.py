@@ -11,7 +11,8 @@ from torch import nn
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-    from hfpp.runtime.anatomy import Anatomy, Slot, TensorLike
+    from hfpp.runtime.anatomy import Anatomy
+    from hfpp.runtime.crossing import Slot, TensorLike
     from hfpp.runtime.ownership import Ownership, TiedParameter
 
 

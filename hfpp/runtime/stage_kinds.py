@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hfpp.errors import PipelineConfigError
-from hfpp.runtime.anatomy import IDS
+from hfpp.runtime.crossing import IDS
 from hfpp.runtime.emitting import emitting
 from hfpp.runtime.hollow import HollowRole, Running
 from hfpp.runtime.hollow_modules import HollowModule

@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from hfpp.errors import PipelineConfigError
-from hfpp.runtime.anatomy import IDS, several_outputs
 from hfpp.runtime.auxiliary_loss import auxiliary_loss_in, check_flag, check_taken
 from hfpp.runtime.auxiliary_term import asks_for_auxiliary_loss, flagged_configs
+from hfpp.runtime.crossing import IDS
 from hfpp.runtime.emitting import make_capturing
 from hfpp.runtime.hollow import CutReached, Running, disguise
 from hfpp.runtime.hollow_modules import foreign_modules, make_replaceable
+from hfpp.runtime.layer_list import several_outputs
 from hfpp.runtime.needed_gradients import mark
 from hfpp.runtime.paths import get_at, set_at
 from hfpp.runtime.stage_kinds import OwnRole, StageKind, kind_for, stage_kind, use_kind

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfpp.errors import PipelineConfigError
-from hfpp.runtime.anatomy import find_anatomy
+from hfpp.runtime.find_anatomy import find_anatomy
 from hfpp.train.errors import OptionError
 from hfpp.train.inputs import RunInputs, window_starts
 from hfpp.train.randomness import without_randomness

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from hfpp import pipeline_model
 from hfpp.plan.partition import uniform_offsets
-from hfpp.runtime.anatomy import find_anatomy
+from hfpp.runtime.find_anatomy import find_anatomy
 from hfpp.runtime.ownership import find_ownership
 from hfpp.runtime.pipeline import Pipeline
 from hfpp.runtime.split_model import build_stages

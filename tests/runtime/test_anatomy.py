@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hfpp.errors import PipelineConfigError
-from hfpp.runtime.anatomy import find_anatomy
+from hfpp.runtime.find_anatomy import find_anatomy
 from hfpp.runtime.paths import Key
 from hfpp.runtime.skeleton import meta_skeleton
 from hfpp.runtime.trace import run_hollow

@@ -14,8 +14,9 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mistral import modeling_mistral
 
-from hfpp.runtime.anatomy import Anatomy, find_anatomy
+from hfpp.runtime.anatomy import Anatomy
 from hfpp.runtime.anatomy_cache import AnatomyCache
+from hfpp.runtime.find_anatomy import find_anatomy
 from hfpp.runtime.model_digest import digest_of
 from tests.models import PlainModel, tiny_model
 

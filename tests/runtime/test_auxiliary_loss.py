@@ -17,8 +17,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hfpp import PipelineConfigError, check_model
-from hfpp.runtime.anatomy import find_anatomy
 from hfpp.runtime.auxiliary_loss import take_auxiliary_loss
+from hfpp.runtime.find_anatomy import find_anatomy
 from hfpp.runtime.pipeline import Pipeline
 from hfpp.runtime.stage_boundary import boundary_of, own_layers
 from tests.models import VOCAB, relative_error, token_ids

@@ -12,7 +12,7 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from hfpp.runtime.anatomy import find_anatomy
+from hfpp.runtime.find_anatomy import find_anatomy
 from hfpp.runtime.ownership import find_ownership
 from hfpp.runtime.split_model import build_stages
 from hfpp.runtime.stage_boundary import own_layers

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hfpp import PipelineConfigError, pipeline_model
-from hfpp.runtime.anatomy import Anatomy, find_anatomy
+from hfpp.runtime.anatomy import Anatomy
+from hfpp.runtime.find_anatomy import find_anatomy
 from hfpp.runtime.input_kinds import feature_lengths
 from hfpp.runtime.pipeline import Pipeline
 from hfpp.runtime.split_keywords import split_keywords

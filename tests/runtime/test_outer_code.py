@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hfpp import check_model
 from hfpp.errors import PipelineConfigError
-from hfpp.runtime.anatomy import find_anatomy
+from hfpp.runtime.find_anatomy import find_anatomy
 from hfpp.runtime.stage_boundary import boundary_of
 from tests.models import VOCAB, token_ids
 from tests.ranks import run_ranks

@@ -18,7 +18,7 @@ from transformers import (
 from hfpp import split_model_into_stages
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.partition import generate_hf_model_fqn_per_model_part
-from hfpp.runtime.anatomy import find_anatomy
+from hfpp.runtime.find_anatomy import find_anatomy
 from hfpp.runtime.module_names import module_names_of, offsets_of
 from hfpp.runtime.ownership import find_ownership
 from hfpp.runtime.stage_boundary import boundary_of

@@ -13,7 +13,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.partition import uniform_offsets
-from hfpp.runtime.anatomy import find_anatomy, forward_constants
+from hfpp.runtime.find_anatomy import find_anatomy
+from hfpp.runtime.model_inputs import forward_constants
 from hfpp.runtime.ownership import find_ownership
 from hfpp.runtime.split_model import build_stages
 from hfpp.runtime.stage_boundary import boundary_of

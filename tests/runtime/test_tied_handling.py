@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AlbertConfig, AlbertForMaskedLM
 
 from hfpp import PipelineConfigError
-from hfpp.runtime.anatomy import find_anatomy
+from hfpp.runtime.find_anatomy import find_anatomy
 from hfpp.runtime.pipeline import Pipeline
 from hfpp.runtime.stage_boundary import own_layers
 from hfpp.runtime.tied_weights import _number_of
