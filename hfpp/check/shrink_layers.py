@@ -41,6 +41,7 @@ _PERIOD = re.compile(
     r"layer_period$|_every_n_layers$|sliding_window_pattern$|_interval$|_sparse_step$"
     r"|layer_step$|_frequency$|^moe_layer_freq$|^layer_group_size$|^n_layers_per_attn_res_block$"
 )
+_AT_TIMES = re.compile(r"^cross_attention_layers$")  # where there is something to attend to
 _SOURCE = re.compile(r"_source_layers$")  # entry i is the layer whose keys layer i uses
 
 
@@ -125,9 +126,8 @@ def choose_layers(
     """Choose `layers` layers, or more where fewer would lose a kind of layer.
 
     Goes through the stack taking one of each kind, then on from there doing the same again: a
-    pattern (five windowed layers, then a full one) becomes a shorter pattern of the same kinds. The
-    last layer is of the last one's kind: a model may call some kinds for some inputs only, and
-    then ends with another.
+    pattern (five windowed layers, then a full one) becomes a shorter pattern of the same kinds.
+    Layers that are called for some inputs only are not the last ones, where they were not before.
     """
     name = count_name(attributes)
     if name is None:
@@ -143,8 +143,9 @@ def choose_layers(
         start = max(one_of_each) + 1
     unused = [index for index in range(total) if index not in chosen]
     chosen = sorted(chosen + unused[: wanted - len(chosen)])
-    if kinds[chosen[-1]] != kinds[-1]:
-        chosen.append(total - 1)
+    for list_name, value in attributes.items():
+        if _AT_TIMES.search(list_name) and is_ints(value) and chosen[-1] in value:
+            chosen += [] if total - 1 in value else [total - 1]
     for source_name, value in attributes.items():
         if _SOURCE.search(source_name) and _is_per_layer(value, total):
             chosen = sorted({*chosen, *(value[index] for index in chosen)})

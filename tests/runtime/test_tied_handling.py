@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -161,8 +162,9 @@ def interrupted(rank: int, world_size: int) -> list[str]:
     assert end.grad is not None
     before = end.grad.clone()
     fails = True
-    with pytest.raises((Interrupted, RuntimeError)):
+    with pytest.raises(Interrupted):
         step(pipeline, mesh, ids)
+    dist.barrier()  # what rank 0 has sent arrives as long as it lives
     return [] if torch.equal(end.grad, before) else ["the gradient changed"]
 
 
