@@ -22,7 +22,7 @@ def kept(**attributes):
         ({"n_layer": 12, "layer_types": (["s"] * 5 + ["f"]) * 2}, (0, 5, 6, 11)),
         ({"num_hidden_layers": 5, "layer_types": ["s"] * 4 + ["f"]}, (0, 1, 2, 4)),
         ({"num_hidden_layers": 61, "first_k_dense_replace": 3}, (0, 3, 4, 5)),
-        ({"num_hidden_layers": 40, "cross_attention_layers": [3, 8, 13]}, (0, 3, 4, 8)),
+        ({"num_hidden_layers": 40, "cross_attention_layers": [3, 8, 13]}, (0, 3, 4, 8, 39)),
         # Six kinds are kept though four layers were asked for.
         ({"num_hidden_layers": 12, "layer_types": list("abcdef") * 2}, (0, 1, 2, 3, 4, 5)),
         # Layer 3 uses the keys of layer 2, which is kept for it.

@@ -162,7 +162,7 @@ def interrupted(rank: int, world_size: int) -> list[str]:
     assert end.grad is not None
     before = end.grad.clone()
     fails = True
-    with pytest.raises(Interrupted):
+    with pytest.raises((Interrupted, RuntimeError)):
         step(pipeline, mesh, ids)
     dist.barrier()  # what rank 0 has sent arrives as long as it lives
     return [] if torch.equal(end.grad, before) else ["the gradient changed"]
