@@ -272,12 +272,16 @@ class Anatomy:
         """
         graph, facts, first = self._trace.graph, self._facts, self._layer_calls[cut].first_node
         read = set[int]()
-        if not any(first <= node for node, _ in facts.outer_edges):
-            return read
+        edges = [
+            (node, parent)
+            for node, parent in facts.outer_edges
+            if node >= first and (parent < first or parent in first_uses) and parent not in emitted
+        ]
+        if not edges:
+            return read  # as nearly always: the graph need not be walked for every cut
         reached = graph.reach(self._output_nodes, {*first_uses, *emitted})
-        for node, parent in facts.outer_edges:
-            behind = parent >= first and parent not in first_uses
-            if node < first or node not in reached or behind or parent in emitted:
+        for node, parent in edges:
+            if node not in reached:
                 continue
             layer = first_uses.get(parent)
             if layer is None or node < self._layer_calls[layer].first_node:

@@ -71,7 +71,11 @@ class AnatomyCache:
 
 
 def _with_own_skeleton(anatomy: Anatomy) -> Anatomy:
-    """Stages hand parts of the skeleton to the model's code, which may write on them."""
+    """Stages hand parts of the skeleton to the model's code, which may write on them.
+
+    Further runs, of other sizes and arguments, stay with whoever asked for them: their number is
+    bounded for each.
+    """
     memo = {id(parameter): parameter for parameter in anatomy.skeleton.parameters()}
     skeleton = copy_structure(anatomy.skeleton, memo)
-    return dataclasses.replace(anatomy, skeleton=skeleton)
+    return dataclasses.replace(anatomy, skeleton=skeleton, kinds={}, _resized={})

@@ -283,3 +283,4 @@ def test_runs_of_other_sizes_are_bounded() -> None:
         hidden, original = anatomy.slot_metas(3, 2, seq, None)
         assert hidden.shape == original.shape == (2, seq, 32)
     assert len(anatomy._resized) == 8
+    assert not find_anatomy(tiny_model("zamba2"))._resized
