@@ -73,7 +73,7 @@ def find_facts(name: str, trace: Trace, layers_name: str, ids_name: str) -> Fact
             raise PipelineConfigError(
                 f"{name} cannot be split: its forward branches in Python on the value of a "
                 f"computed tensor ({graph.labels[node]}) outside of the layers, which only one "
-                f"stage would know."
+                f"stage would know. Keep the layers on one stage (pipeline size 1)."
             )
     outside_use = any(
         layer[node] < 0

@@ -60,9 +60,8 @@ def render(results: Sequence[ClassResult], provenance: str) -> str:
         wrong = sum(bool({DIFFERENT, FAILED} & set(r.results.values())) for r in run)
         parts.append(
             f"## {mapping[0].upper()}{mapping[1:]}\n\n"
-            f"{exact} of {len(run)} classes are exact ({exact / len(run):.1%}), "
-            f"{len(run) - exact - wrong} are refused for at least one number of stages, "
-            f"{wrong} are wrong.\n\n"
+            f"{exact} of {len(run)} classes are exact ({exact / len(run):.1%}). Refused for at least "
+            f"one number of stages: {len(run) - exact - wrong}. Wrong: {wrong}.\n\n"
             "| class | layers | what crosses a cut | compared in | result |\n"
             "| --- | --- | --- | --- | --- |\n" + "".join(_row(result) for result in run)
         )
