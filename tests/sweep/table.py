@@ -60,8 +60,8 @@ def render(results: Sequence[ClassResult], provenance: str) -> str:
         wrong = sum(bool({DIFFERENT, FAILED} & set(r.results.values())) for r in run)
         parts.append(
             f"## {mapping[0].upper()}{mapping[1:]}\n\n"
-            f"{exact} of {len(run)} classes are exact ({exact / len(run):.1%}). Refused for at least "
-            f"one number of stages: {len(run) - exact - wrong}. Wrong: {wrong}.\n\n"
+            f"{exact} of {len(run)} classes are exact ({exact / len(run):.1%}). Refused for one "
+            f"number of stages or more: {len(run) - exact - wrong}. Wrong: {wrong}.\n\n"
             "| class | layers | what crosses a cut | compared in | result |\n"
             "| --- | --- | --- | --- | --- |\n" + "".join(_row(result) for result in run)
         )
