@@ -105,6 +105,13 @@ class BatchArguments:
             stage.dw_builder = builder
         self._crossing, self._before, self._given = None, [], True
 
+    def autocast_changed(self) -> None:
+        """The stages are about to be set up anew: for token ids alone, by what they were told."""
+        stages = compat.local_stages(self._schedule)
+        if self._given is not None:
+            self._fit(stages, None, None, None)
+        self._given = None
+
     def _prepare(
         self,
         stages: Sequence[PipelineStage],
@@ -158,6 +165,13 @@ class BatchArguments:
         """Set the stages up for what crosses; the same on all ranks, for the same batch."""
         if crossing == self._crossing:
             return
+        kind = stages[0].device.type
+        if crossing is not None and torch.is_autocast_enabled(kind):
+            raise PipelineConfigError(
+                "what crosses the cuts for these media is told to the stages beforehand, and "
+                "torch.autocast changes its types: cast the model instead, as by "
+                "model.to(torch.bfloat16) before pipeline_model, and step without autocast."
+            )
         if self._crossing is None:
             self._before = [
                 (compat.static_metadata(s) if self._given else None, s.dw_builder) for s in stages

@@ -41,6 +41,8 @@ class ControlledSchedule(compat.PreparedSchedule):
         self._arguments = BatchArguments(cast("compat.TorchSchedule", self))
         self._rows: int | None = None  # of the batch, where its target tells
         self.auxiliary = AuxiliaryLosses(())
+        self._autocast: torch.dtype | None = None  # that the stages are set up for
+        self._told: list[Any] = []  # what the stages were told of their shapes, while under it
         self._static = False  # whether torch took the stages' shapes as given and inferred none
 
     @property
@@ -81,6 +83,7 @@ class ControlledSchedule(compat.PreparedSchedule):
         self._rows = _rows(target)
         self._check_shapes(args)
         self._agree_on_keywords(kwargs)
+        self._fit_autocast()
         self._agree_on_gradients()
         self.auxiliary.start()
         with ExitStack() as contexts:
@@ -113,6 +116,7 @@ class ControlledSchedule(compat.PreparedSchedule):
         self._check_batch(args, target)
         self._rows = _rows(target)
         self._agree_on_keywords(kwargs)
+        self._fit_autocast()
         arguments, keywords, targets = compat.split_batch(self, args, kwargs, target)
         stages = compat.local_stages(self)
         outputs: list[Any] = []
@@ -169,7 +173,8 @@ class ControlledSchedule(compat.PreparedSchedule):
         return self._arguments.microbatches(args, kwargs, self._rows)
 
     def shapes_were_reset(self) -> None:
-        """The stages have new shapes, for batches of token ids alone."""
+        """The stages have new shapes, for batches of token ids alone and without autocast."""
+        self._autocast = None
         self._arguments.shapes_were_reset()
 
     def _has_last_stage(self) -> bool:
@@ -214,6 +219,25 @@ class ControlledSchedule(compat.PreparedSchedule):
                 f"{everyone[0]}, rank {odd} passes {everyone[odd]}. Pass the same on every rank: "
                 f"each stage runs the model's forward with them"
             )
+
+    def _fit_autocast(self) -> None:
+        """Under autocast values cross in other types, which torch finds by running the stages."""
+        stages = compat.local_stages(self)
+        kind = stages[0].device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        if dtype == self._autocast:
+            return
+        self._arguments.autocast_changed()
+        if self._autocast is None:
+            known = [compat.has_static_metadata(s) for s in stages]
+            self._told = [
+                compat.static_metadata(s) if k else None for s, k in zip(stages, known, strict=True)
+            ]
+        for stage, told in zip(stages, self._told, strict=True):
+            compat.forget_infrastructure(stage)
+            compat.restore_metadata(stage, told if dtype is None else None)
+        compat.forget_initialization(self)
+        self._autocast = dtype
 
     def _agree_on_gradients(self) -> None:
         """Before torch makes the stages ready; what changed since must still do."""

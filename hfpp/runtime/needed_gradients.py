@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
@@ -48,6 +49,25 @@ class SparingStage(PipelineStage):
         super().__init__(*args, **kwargs)
         self.needed = NeededGradients()
         self._late: dict[int, Any] = {}  # losses by microbatch whose backward waits
+
+    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one microbatch's forward; what it sends is what the next stage waits for.
+
+        Raises:
+            PipelineConfigError: if not. Buffers of another type would be filled with other numbers.
+        """
+        output = super().forward_one_chunk(*args, **kwargs)
+        told = None if self.is_last else compat.told_outputs(self)
+        if told is not None:
+            values = output if isinstance(output, tuple | list) else (output,)
+            found = [(tuple(v.shape), v.dtype) for v in values if isinstance(v, torch.Tensor)]
+            if found != told:
+                raise PipelineConfigError(
+                    f"stage {self.stage_index} of {type(unwrapped(self.submod)).__name__} made "
+                    f"{found} where the next stage waits for {told}: leave out seq_len, so that "
+                    f"torch finds the shapes, or call reset_pp_stage_shapes for the new ones."
+                )
+        return output
 
     def backward_one_chunk(
         self,

@@ -66,6 +66,7 @@ __all__ = [
     "set_static_gradients",
     "set_static_metadata",
     "static_metadata",
+    "told_outputs",
     "split_batch",
     "splits_backward",
     "uncompiled",
@@ -359,6 +360,13 @@ def restore_metadata(stage: object, metadata: Any) -> None:
         _forget_inferred(stage)
     elif hasattr(stage, "inputs_meta"):
         target.inputs_meta, target._outputs_meta = metadata
+
+
+def told_outputs(stage: object) -> list[tuple[tuple[int, ...], torch.dtype]] | None:
+    """Shapes and types of a microbatch's outputs that a stage was told; None where it was not."""
+    meta = getattr(stage, "_user_meta", None)
+    metas = getattr(stage, "_outputs_meta", None) if meta is None else meta.outputs
+    return None if metas is None else [(tuple(one.shape), one.dtype) for one in metas]
 
 
 def infers_from_real_inputs(stage: object) -> bool:
