@@ -25,7 +25,7 @@ from hfpp.runtime.layer_list import several_outputs
 from hfpp.runtime.needed_gradients import mark
 from hfpp.runtime.paths import get_at, set_at
 from hfpp.runtime.stage_kinds import OwnRole, StageKind, kind_for, stage_kind, use_kind
-from hfpp.runtime.torch_compat import uncompiled, uncompiled_itself
+from hfpp.runtime.torch_compat import uncompiled, uncompiled_itself, unseen_writing
 
 if TYPE_CHECKING:
     from hfpp.runtime.auxiliary_loss import AuxiliaryLoss
@@ -114,14 +114,16 @@ def _write_arguments(
     for position, path in writes:
         argument, value = get_at(call, path), received[position]
         storage = argument.untyped_storage().data_ptr()
-        if argument.shape != value.shape or storages.setdefault(storage, position) != position:
+        alike = (argument.shape, argument.dtype) == (value.shape, value.dtype)
+        if not alike or storages.setdefault(storage, position) != position:
             raise RuntimeError(
                 f"a {type(layer).__name__} of a pipeline stage is called with other arguments than "
-                f"when the model was split: its {list(argument.shape)} tensor is to hold a value "
-                f"of {list(value.shape)} that the model's code reads again, apart from all others. "
-                f"Keep the layers on one stage (pipeline size 1)."
+                f"when the model was split: its {argument.dtype} {list(argument.shape)} is to hold "
+                f"{value.dtype} {list(value.shape)} that the model's code reads again, apart from "
+                f"all others. Keep the layers on one stage (pipeline size 1)."
             )
-        argument.copy_(value)
+        with unseen_writing(argument):  # what checkpointing has noted of it is still true
+            argument.copy_(value)
 
 
 class _OwnGradients(torch.autograd.Function):

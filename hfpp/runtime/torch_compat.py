@@ -72,6 +72,7 @@ __all__ = [
     "uncompiled",
     "uncompiled_itself",
     "undisturbed",
+    "unseen_writing",
 ]
 
 TorchSchedule = _schedules._PipelineSchedule
@@ -609,6 +610,11 @@ def uncompiled(function: Function) -> Function:
 def uncompiled_itself(function: Function) -> Function:
     """As ``uncompiled``, but what ``function`` calls is compiled."""
     return cast("Function", torch.compiler.disable(function, recursive=False))  # type: ignore[no-untyped-call]
+
+
+def unseen_writing(tensor: torch.Tensor) -> AbstractContextManager[None]:
+    """Within it autograd does not count that ``tensor`` is written: nobody needs the old values."""
+    return cast("Any", torch.autograd)._unsafe_preserve_version_counter(tensor)  # type: ignore[no-any-return]
 
 
 def compiled_alike(compiled: Any, function: Callable[..., Any]) -> Callable[..., Any] | None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from hfpp import check_model
 from hfpp.errors import PipelineConfigError
@@ -108,13 +109,21 @@ def test_what_a_loop_reads_again_is_there(kind: type[Loop]) -> None:
     assert report.exact, str(report)
 
 
+def checkpointed(part: nn.Module, *_: Any, **__: Any) -> None:
+    boundary = boundary_of(part)
+    assert boundary is not None
+    for index in boundary.layers:
+        part.blocks[index] = checkpoint_wrapper(part.blocks[index])
+
+
 def train(rank: int, size: int) -> dict[str, list[str]]:
     mesh = data_and_pipeline_mesh(size)
     found = {}
     for kind in EXACT:
-        for schedule in ("GPipe", "Interleaved1F1B", "ZBVZeroBubble"):
+        for schedule in ("GPipe", "Interleaved1F1B", "ZBVZeroBubble", "GPipe, checkpointed"):
             model, reference = made(kind), made(kind)
-            pipeline = build(model, mesh, schedule)
+            name, _, again = schedule.partition(", ")
+            pipeline = build(model, mesh, name, parallelize_fn=checkpointed if again else None)
             ids = token_ids(8, 11)
             step(pipeline, mesh, ids)
             for rows in ids.chunk(4):
@@ -126,7 +135,7 @@ def train(rank: int, size: int) -> dict[str, list[str]]:
 
 def test_such_loops_train_over_two_ranks() -> None:
     for found in run_ranks(train, 2, timeout_s=120):
-        assert len(found) == 9
+        assert len(found) == 12
         assert {run: wrong for run, wrong in found.items() if wrong} == {}
 
 
