@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,11 @@ class HollowModule:
     anatomy: Anatomy
     name: str
     _known: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> Any:
+        """What the module computes in."""
+        return self.anatomy.skeleton.get_submodule(self.name).dtype
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
         """The module's result for these arguments."""
@@ -86,6 +92,14 @@ def _replaceable_class(base: type[nn.Module]) -> type[nn.Module]:
             hollow: HollowModule | None = self.__dict__["_hfpp_hollow"]
             return super().forward(*args, **kwargs) if hollow is None else hollow(args, kwargs)
 
+    if isinstance(inspect.getattr_static(base, "dtype", None), property):
+
+        def dtype(self: Any) -> Any:
+            """The skeleton's: transformers reads it off the parameters, and there are none."""
+            hollow: HollowModule | None = self.__dict__["_hfpp_hollow"]
+            return super(Replaceable, self).dtype if hollow is None else hollow.dtype
+
+        Replaceable.dtype = property(dtype)
     return disguise(Replaceable, base)
 
 

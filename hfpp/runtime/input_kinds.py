@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ class InputKind:
     Attributes:
         anatomy: of the forward with them.
         lean_from: the first layer from which the forward takes the same way without ``media``.
-        media: names of the floating arguments beyond the text's.
+        media: names of the floating arguments beyond the text's that it can do without there.
         further: names of all arguments beyond the text's, for errors.
     """
 
@@ -218,19 +218,41 @@ def _find(
         torch.autocast(ids.device.type, enabled=False),
     ):
         full = anatomy_for(text, skeleton, inputs, plain)
-        lean = None
-        if media:
-            rest = {name: value for name, value in inputs.items() if name not in media}
+
+        def lean_from(names: frozenset[str]) -> int:
+            """The first layer from which the forward is the same without these arguments."""
+            rest = {name: value for name, value in inputs.items() if name not in names}
             try:
                 lean = anatomy_for(text, skeleton, rest, plain)
             except PipelineConfigError:
-                lean = None  # the model insists on them: every stage gets them
-    never = full.num_layers
-    lean_from = never if lean is None else _same_from(full, lean, media)
-    for anatomy in (full, lean):
-        for call in anatomy.trace.calls if anatomy is not None else ():
-            call.arguments = None
-    return InputKind(full, lean_from, media, frozenset(further))
+                return full.num_layers  # the model insists on them: every stage gets them
+            return _same_from(full, lean, names)
+
+        dropped, first = _most_to_drop(media, lean_from, never=full.num_layers)
+    for call in full.trace.calls:
+        call.arguments = None
+    return InputKind(full, first, dropped, frozenset(further))
+
+
+def _most_to_drop(
+    media: frozenset[str], lean_from: Callable[[frozenset[str]], int], never: int
+) -> tuple[frozenset[str], int]:
+    """What later stages can do without, and from which layer: all of ``media``, else one by one.
+
+    Some that are floating say where tokens are, such as the seconds between a video's frames: each
+    layer's positions are made of them. The pixels beside them are none of the later stages' all the
+    same.
+    """
+    first = lean_from(media) if media else never
+    if first < never or len(media) < 2:
+        return media, first
+    dropped: frozenset[str] = frozenset()
+    for name in sorted(media):  # every rank must come to the same
+        more = dropped | {name}
+        found = lean_from(more)
+        if found < never:
+            dropped, first = more, found
+    return dropped, first
 
 
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 _MODALITIES = (
-    ("video", ("video",)),
+    ("video", ("video", "second_per_grid")),
     ("audio", ("audio", "input_features", "feature_attention_mask", "feature_lens")),
     ("image", ("image", "pixel")),
 )
@@ -34,6 +34,11 @@ class Media(NamedTuple):
 def modality_of(name: str) -> str | None:
     """``image``, ``video`` or ``audio`` for the name of an argument of such; else None."""
     return next((m for m, parts in _MODALITIES if any(part in name for part in parts)), None)
+
+
+def is_count(name: str) -> bool:
+    """Whether an argument of this name says how many items every sample has: a row per sample."""
+    return "num_images" in name
 
 
 def token_id_of(config: Any, modality: str) -> int | None:
@@ -69,7 +74,7 @@ def items_per_sample(
     if main is None:
         return None
     number, batch = len(main), len(tokens)
-    explicit = next((v for n, v in arguments.items() if "num_images" in n), None)
+    explicit = next((v for n, v in arguments.items() if is_count(n)), None)
     if explicit is not None and int(sum(explicit)) == number:
         counts = [int(count) for count in explicit]
         return Media(counts, counts)

@@ -12,7 +12,7 @@ from torch.distributed.pipelining.microbatch import TensorChunkSpec, split_args_
 from torch.nn.attention.flex_attention import BlockMask
 
 from hfpp.errors import PipelineConfigError
-from hfpp.runtime.media_counts import Media, items_per_sample, modality_of, token_id_of
+from hfpp.runtime.media_counts import Media, is_count, items_per_sample, modality_of, token_id_of
 from hfpp.runtime.paths import map_tensors, walk_tensors
 
 HOOK = "get_pipeline_kwargs_chunk_dims"
@@ -36,7 +36,8 @@ def split_keywords(
     Tensors are cut where the batch is: at the dimension that the model's hook declares, else at the
     first, or the second of position ids of three dimensions. Media that are packed one after
     another follow their samples, by the number of their tokens in ``ids``; a microbatch without any
-    gets None. Plain values and scalars are the same for all.
+    gets None. Plain values and scalars are the same for all, but for lists of them, which may as
+    well have an item per sample: the model's hook has to say.
 
     Args:
         kwargs: of the whole batch.
@@ -61,7 +62,7 @@ def split_keywords(
             chunks = split_args_kwargs_into_chunks((), {name: value}, n)[1]
             pieces[name] = [chunk[name] for chunk in chunks]
         elif next(walk_tensors(value), None) is None:
-            pieces[name] = [value] * n
+            pieces[name] = splitter.plain(name, value)
         elif (
             modality
             and ids is not None
@@ -90,6 +91,15 @@ def _is_floating(value: Any) -> bool:
     return any(tensor.is_floating_point() for _, tensor in walk_tensors(value))
 
 
+def _plain_list(value: Any) -> Sequence[Any] | None:
+    """The first list or tuple with items in a value without tensors; None where there is none."""
+    if isinstance(value, Mapping):
+        return next((f for f in map(_plain_list, value.values()) if f is not None), None)
+    if not isinstance(value, list | tuple) or not value:
+        return None
+    return value if next(walk_tensors(value), None) is None else None
+
+
 class _Splitter:
     def __init__(self, n: int, batch: int | None, model_name: str) -> None:
         self.n, self.batch, self.model_name = n, batch, model_name
@@ -97,11 +107,36 @@ class _Splitter:
     def declared(self, name: str, value: Any, dim: int | None) -> list[Any]:
         if dim is None:
             return [value] * self.n
+        if _plain_list(value) is not None and next(walk_tensors(value), None) is None:
+            return self._items(name, value, dim)
         for _, tensor in walk_tensors(value):
             rows = tensor.shape[dim] if -tensor.dim() <= dim < tensor.dim() else 0
             if rows == 0 or rows % self.n or (self.batch is not None and rows != self.batch):
                 raise self.error(name, tensor, f"{HOOK} says that dimension {dim} is the batch")
         return self._chunks(value, dim)
+
+    def plain(self, name: str, value: Any) -> list[Any]:
+        found = _plain_list(value)
+        if found is not None and self.n > 1:
+            rows = "" if self.batch is None else f" of a batch of {self.batch} rows"
+            raise PipelineConfigError(
+                f"{name} holds a {type(found).__name__} of {len(found)} items without tensors, "
+                f"which cannot be cut into {self.n} microbatches{rows}: it may have an item per "
+                f"sample, or be the same for all. Pass a tensor, or give {self.model_name} a "
+                f"method {HOOK}() that returns a dict with {name!r}: 0 to cut it along its items, "
+                f"one for each row of the batch, or {name!r}: None to pass all of it to every "
+                f"microbatch."
+            )
+        return [value] * self.n
+
+    def _items(self, name: str, value: Any, dim: int) -> list[Any]:
+        """A list without tensors, cut along its items."""
+        rows = len(value) if isinstance(value, list | tuple) else 0
+        if dim != 0 or rows == 0 or rows % self.n or not self._is_batch(rows):
+            why = f"{HOOK} says that dimension {dim} is the batch, and a list is cut along its"
+            raise self.error(name, value, f"{why} items, one for each row")
+        size = rows // self.n
+        return [value[i * size : (i + 1) * size] for i in range(self.n)]
 
     def along_batch(self, name: str, value: Any) -> list[Any]:
         if name == "position_ids" and isinstance(value, torch.Tensor) and value.dim() > 2:
@@ -122,7 +157,7 @@ class _Splitter:
         return self._chunks(value, 0)
 
     def media(self, name: str, value: Any, found: Media | None) -> list[Any]:
-        if found is None or found.by_row:
+        if found is None or found.by_row or is_count(name):
             return self.along_batch(name, value)
         size = len(value) if isinstance(value, list | tuple) else value.shape[0]
         if size == sum(found.items):

@@ -216,6 +216,41 @@ def test_later_stages_leave_pixels_out_where_nothing_depends_on_them() -> None:
         assert not first.__dict__["_hfpp_kind"].dropped
 
 
+def videos_with_seconds() -> tuple[Tensor, dict[str, Tensor]]:
+    """Qwen2.5-VL, a video per sample; how far apart its frames are is part of all positions."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 80, (2, SEQ), generator=generator)
+    ids[:, 1:3] = VIDEO
+    return ids, {
+        "pixel_values_videos": torch.randn(16, 96, generator=generator, dtype=torch.float64),
+        "video_grid_thw": torch.tensor([[2, 2, 2], [2, 2, 2]]),
+        "second_per_grid_ts": torch.tensor([1.0, 5.0]),
+        "mm_token_type_ids": (ids == VIDEO).long() * 2,
+    }
+
+
+def test_later_stages_leave_pixels_out_beside_floats_that_they_need() -> None:
+    model = model_of("qwen2_5_vl")
+    ids, kwargs = videos_with_seconds()
+    wanted = model(ids, **kwargs, use_cache=False).logits
+    stages = split(copy.deepcopy(model), 2)
+    pieces = split_keywords(kwargs, 2, batch=2, ids=ids, model=model)
+    found = [run_chain(stages, ids[i : i + 1], piece) for i, piece in enumerate(pieces)]
+    assert relative_error(torch.cat(found), wanted) < TOLERANCE
+    (kind,) = stages[1].__dict__["_hfpp_kinds"].values()
+    assert kind.dropped == {"pixel_values_videos"}
+    one_second = {**pieces[1], "second_per_grid_ts": torch.ones(1)}
+    assert relative_error(run_chain(stages, ids[1:], one_second), wanted[1:]) > TOLERANCE
+
+
+def test_an_encoder_without_weights_tells_its_dtype() -> None:
+    ids, kwargs = videos_with_seconds()
+    stages = split(copy.deepcopy(model_of("qwen2_5_vl")), 2)
+    run_chain(stages, ids, kwargs)
+    assert next(stages[1].model.visual.parameters(), None) is None
+    assert stages[1].model.visual.dtype == torch.float64
+
+
 def test_media_without_ids_on_a_later_stage_are_refused() -> None:
     first, second = split(copy.deepcopy(model_of("llava")), 2)
     ids, kwargs = microbatches("llava", batches_of("llava")[0])[0]
@@ -258,11 +293,31 @@ def test_videos_and_images_are_counted_apart() -> None:
     assert second == {"pixel_values_videos": None, "video_grid_thw": None}
 
 
+def test_seconds_per_grid_follow_their_videos() -> None:
+    ids, kwargs = videos_with_seconds()
+    ids[0, 3:5], ids[1, 1:3] = VIDEO, 5
+    first, second = split_keywords(kwargs, 2, batch=2, ids=ids, model=model_of("qwen2_5_vl"))
+    assert torch.equal(first["second_per_grid_ts"], kwargs["second_per_grid_ts"])
+    assert second["second_per_grid_ts"] is None
+
+
+@pytest.mark.parametrize("counts", [(2, 1, 0), (1, 1, 1), (2, 1, 1)])
+def test_counts_of_images_are_one_for_each_sample(counts: tuple[int, ...]) -> None:
+    ids, kwargs = vision_batch("llava_onevision", counts)
+    kwargs["batch_num_images"] = torch.tensor(counts)
+    pieces = split_keywords(kwargs, 3, batch=3, ids=ids, model=model_of("llava_onevision"))
+    assert [piece["batch_num_images"].tolist() for piece in pieces] == [[n] for n in counts]
+    images = [
+        0 if piece["pixel_values"] is None else len(piece["pixel_values"]) for piece in pieces
+    ]
+    assert images == list(counts)
+
+
 class Declares(nn.Module):
     """Says where the batch is."""
 
     def get_pipeline_kwargs_chunk_dims(self) -> dict[str, int | None]:
-        return {"memory": 1, "table": None}
+        return {"memory": 1, "table": None, "tasks": 0, "names": None}
 
 
 def test_arguments_are_cut_where_the_batch_is() -> None:
@@ -291,6 +346,31 @@ def test_arguments_are_cut_where_the_batch_is() -> None:
 def test_an_argument_that_cannot_be_cut_is_refused(kwargs: dict[str, Any], told: str) -> None:
     with pytest.raises(PipelineConfigError, match=told):
         split_keywords(kwargs, 2, batch=4, model=Declares())
+
+
+@pytest.mark.parametrize("value", [[0, 1, 2, 3], ("a", "b", "c", "d"), {"of": [0, 1, 2, 3]}])
+@pytest.mark.parametrize("batch", [4, 8, None])
+def test_a_list_without_tensors_is_cut_only_as_declared(value: Any, batch: int | None) -> None:
+    """It may have an item per sample: to give all of it to all would be wrong without a word."""
+    with pytest.raises(PipelineConfigError) as caught:
+        split_keywords({"task_ids": value}, 2, batch=batch, model=Declares())
+    for part in ("task_ids", "4 items", "Pass a tensor", "'task_ids': 0", "'task_ids': None"):
+        assert part in str(caught.value)
+    assert f"{batch} rows" in str(caught.value) or batch is None
+    assert split_keywords({"task_ids": value}, 1, batch=batch) == [{"task_ids": value}]
+    assert split_keywords({"names": value}, 2, batch=4, model=Declares()) == [{"names": value}] * 2
+
+
+def test_a_list_without_tensors_is_cut_along_its_items_where_declared() -> None:
+    first, second = split_keywords({"tasks": ["a", "b", "c", "d"]}, 2, batch=4, model=Declares())
+    assert (first, second) == ({"tasks": ["a", "b"]}, {"tasks": ["c", "d"]})
+    with pytest.raises(PipelineConfigError, match=r"tasks of shape 3 items.*one for each row"):
+        split_keywords({"tasks": [1, 2, 3]}, 2, batch=4, model=Declares())
+
+
+@pytest.mark.parametrize("value", [3, 0.5, "text", True, None, [], {"a": 1, "b": "text"}])
+def test_other_plain_values_are_the_same_for_all(value: Any) -> None:
+    assert split_keywords({"plain": value}, 2, batch=4) == [{"plain": value}] * 2
 
 
 def test_a_loss_sees_frozen_encoders_as_they_are() -> None:
