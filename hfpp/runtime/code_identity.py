@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 import weakref
@@ -9,6 +10,20 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class statement made it
+_STANDARD = frozenset(sys.stdlib_module_names) - {"__main__"}
+KNOWN_PACKAGES = frozenset(("torch", "transformers", "peft"))
+"""Those whose forwards read no flags that they keep in other modules or in objects of their own.
+
+Not ``transformers_modules``, where transformers puts the code that comes with checkpoints.
+"""
+_THEIR_LIBRARIES = frozenset(
+    (
+        *("huggingface_hub", "accelerate", "safetensors", "tokenizers", "numpy", "packaging"),
+        *("tqdm", "regex", "_regex", "yaml", "httpx", "httpx2", "requests", "filelock", "psutil"),
+        *("typing_extensions", "PIL", "fsspec", "torchvision", "pybind11_builtins"),
+    )
+)
+"""What the known packages import for other things than forwards."""
 
 
 class Identity(weakref.ref[Any]):
@@ -40,6 +55,34 @@ def is_importable(thing: type | types.FunctionType) -> bool:
     return found is thing
 
 
+def is_known(thing: Any) -> bool:
+    """Whether a known package or the standard library defines ``thing``."""
+    return _packages_of(thing) <= KNOWN_PACKAGES | _STANDARD
+
+
+def is_known_import(thing: Any) -> bool:
+    """Whether ``thing`` is what a known package has among its globals of its own accord."""
+    return _packages_of(thing) <= KNOWN_PACKAGES | _STANDARD | _THEIR_LIBRARIES
+
+
+def _packages_of(thing: Any) -> set[str]:
+    """Of the code that runs where ``thing`` is used; of the wrapped too if a wrapper tells."""
+    if isinstance(thing, types.ModuleType):
+        names = [thing.__name__]
+    elif isinstance(thing, type):
+        names = [base.__module__ for base in thing.__mro__]
+    elif isinstance(thing, types.MethodType):
+        return _packages_of(thing.__func__) | _packages_of(thing.__self__)
+    elif isinstance(thing, functools.partial):
+        return _packages_of(thing.func)
+    else:
+        names = [base.__module__ for base in type(thing).__mro__]
+        names.append(getattr(thing, "__module__", None) or "builtins")
+        if isinstance(thing, types.FunctionType):  # what wraps others takes their module's name
+            names.append(thing.__globals__.get("__name__", ""))
+    return {str(name).partition(".")[0] for name in names}
+
+
 def is_written_in_python(kind: type) -> bool:
     """Whether a class statement made it."""
     return bool(kind.__flags__ & _HEAP_TYPE)
@@ -55,9 +98,8 @@ def shows_its_state(kind: type) -> bool:
 
 def modules_around(classes: Iterable[type]) -> Iterator[types.ModuleType]:
     """The modules that define ``classes``, and those whose functions they use, without torch's."""
-    elsewhere = {*sys.stdlib_module_names, "torch"} - {"__main__"}
     names = sorted({kind.__module__ for kind in classes})
-    packages = {name.partition(".")[0] for name in names} - elsewhere
+    packages = {name.partition(".")[0] for name in names} - _STANDARD - {"torch"}
     seen: set[str] = set()
     while names:
         name = names.pop()

@@ -47,7 +47,8 @@ _KNOWN = AnatomyCache()
 def find_anatomy(model: nn.Module) -> Anatomy:
     """Take ``model`` apart; its weights are neither read nor copied.
 
-    A model of the same code, config and structure as one before is not run again.
+    A model of the same code, config and structure as one before is not run again, if all its code
+    is torch's, transformers' or peft's: what other code reads is not known.
 
     Raises:
         PipelineConfigError: naming the model class, if no list of layers is found or the forward

@@ -2,7 +2,9 @@
 
 Two models of equal digest run the same code on the same shapes. Values are compared by content;
 functions and classes are compared by identity, as a patched one differs in nothing else. Where
-something could tell two models apart that cannot be looked into, there is no digest at all.
+something could tell two models apart that cannot be looked into, there is no digest at all. That
+is so wherever code takes part that is not of a known package: it may read any state of its own, as
+a flag of another module, which no look at the model shows.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from torch import nn
 from hfpp.runtime.code_identity import (
     Identity,
     is_importable,
+    is_known,
+    is_known_import,
     is_written_in_python,
     modules_around,
     shows_its_state,
@@ -171,14 +175,16 @@ class _Writer:
         elif isinstance(value, nn.Module):
             raise _OpaqueError
         elif isinstance(value, type | types.FunctionType):
-            if not is_importable(value):
-                raise _OpaqueError  # may hold anything, and a cache would hold it too
+            if not (is_importable(value) and is_known(value)):
+                raise _OpaqueError  # may read or hold anything
             self._type(value) if isinstance(value, type) else self._identity(value)
         elif isinstance(value, types.BuiltinFunctionType):
-            if not isinstance(value.__self__, types.ModuleType | type | None):
+            if not (isinstance(value.__self__, types.ModuleType | type | None) and is_known(value)):
                 raise _OpaqueError
             self._identity(value)
         elif isinstance(value, types.ModuleType):
+            if not is_known(value):
+                raise _OpaqueError
             self.parts.append(f"import {value.__name__}")
         elif id(value) in self._seen:
             self.parts.append(f"again {self._seen[id(value)]}")
@@ -229,7 +235,7 @@ class _Writer:
     # ---- classes and the code around them
 
     def _type(self, kind: type) -> None:
-        if id(kind) not in self._numbers and not is_importable(kind):
+        if id(kind) not in self._numbers and not (is_importable(kind) and is_known(kind)):
             raise _OpaqueError
         self._classes.setdefault(kind)
         self._identity(kind)
@@ -252,6 +258,11 @@ class _Writer:
                     if name not in _CLASS_BOOKKEEPING:
                         self.parts.append(name)
                         self._member(member)
+        for module in (torch, nn.functional):  # where others put their own operators
+            for name, value in list(module.__dict__.items()):
+                if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
+                    self.parts.append(name)
+                    self._refer(value)
         for module in modules_around(bases):
             self.parts.append(module.__name__)
             for name, value in list(module.__dict__.items()):
@@ -296,6 +307,8 @@ class _Writer:
                     self._global(item)
 
     def _refer(self, value: Any) -> None:
+        if id(value) not in self._numbers and not is_known_import(value):
+            raise _OpaqueError
         try:
             self._identity(value)
         except TypeError:  # no weak references to it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import types
 import weakref
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mistral import modeling_mistral
 
+from hfpp.runtime import code_identity
 from hfpp.runtime.anatomy import Anatomy
 from hfpp.runtime.anatomy_cache import AnatomyCache
 from hfpp.runtime.find_anatomy import find_anatomy
@@ -25,6 +28,13 @@ def same_run(one: Anatomy, other: Anatomy) -> bool:
     return one._trace is other._trace
 
 
+@pytest.fixture
+def known_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' own code passes for that of a known package."""
+    known = code_identity.KNOWN_PACKAGES | {"tests"}
+    monkeypatch.setattr(code_identity, "KNOWN_PACKAGES", known)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "mamba", "gemma3n_text"])
 def test_models_of_one_config_have_one_anatomy(family: str) -> None:
     first = find_anatomy(tiny_model(family))
@@ -34,6 +44,12 @@ def test_models_of_one_config_have_one_anatomy(family: str) -> None:
     assert second.skeleton is not first.skeleton
 
 
+def test_a_model_of_other_code_is_always_run_anew() -> None:
+    assert digest_of(PlainModel()) is None
+    assert not same_run(find_anatomy(PlainModel()), find_anatomy(PlainModel()))
+
+
+@pytest.mark.usefixtures("known_tests")
 def test_a_model_without_a_config() -> None:
     assert same_run(find_anatomy(PlainModel()), find_anatomy(PlainModel()))
     assert not same_run(find_anatomy(PlainModel()), find_anatomy(PlainModel(depth=5)))
@@ -47,7 +63,7 @@ def test_models_on_the_meta_device() -> None:
 
 
 def test_large_buffers_count_by_shape_and_small_ones_by_value() -> None:
-    models = [PlainModel() for _ in range(4)]
+    models = [tiny_model("mistral") for _ in range(4)]
     for model, size, value in zip(models, (1 << 17, 1 << 17, 8, 8), (1, 2, 1, 2), strict=True):
         model.register_buffer("table", torch.full((size,), value))
     large, other_large, small, other_small = map(find_anatomy, models)
@@ -136,6 +152,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.usefixtures("known_tests")
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_model_is_run_anew(change: str) -> None:
     CHANGES[change](tiny_model("mistral"))  # classes remember what was asked of them first
@@ -144,6 +161,88 @@ def test_a_changed_model_is_run_anew(change: str) -> None:
     CHANGES[change](changed)
     assert not same_run(find_anatomy(changed), before)
     assert same_run(find_anatomy(tiny_model("mistral")), before)
+
+
+@pytest.mark.parametrize("change", ["wrapper", "class", "instance", "closure", "hook"])
+def test_other_code_in_a_model_of_a_known_package(change: str) -> None:
+    model = tiny_model("mistral")
+    assert digest_of(model) is not None
+    CHANGES[change](model)
+    assert digest_of(model) is None
+
+
+settings = types.ModuleType("settings")
+settings.FLAG = False  # type: ignore[attr-defined]
+options = types.SimpleNamespace(flag=False)
+
+
+class Flagged(PlainModel):
+    """Its forward reads what belongs to no model."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(input_ids)
+        if settings.FLAG or options.flag:
+            logits = logits * 2
+        return logits
+
+
+@pytest.mark.parametrize(("holder", "name"), [(settings, "FLAG"), (options, "flag")])
+def test_flags_elsewhere_are_seen(holder: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = find_anatomy(Flagged())
+    monkeypatch.setattr(holder, name, True)
+    changed = find_anatomy(Flagged())
+    assert changed.size() == before.size() + 1
+
+
+def test_flags_read_by_patches_of_known_packages_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    rotate, silu = modeling_mistral.rotate_half, nn.functional.silu
+
+    def flagged_rotate(x: torch.Tensor) -> torch.Tensor:
+        return rotate(x) * 2 if settings.FLAG else rotate(x)
+
+    @functools.wraps(silu)
+    def flagged_silu(x: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+        return silu(x) * 2 if options.flag else silu(x)
+
+    patches: list[tuple[Any, str, Any]] = [
+        (modeling_mistral, "rotate_half", flagged_rotate),
+        (modeling_mistral, "rotate_half", functools.partial(flagged_rotate)),
+        (nn.functional, "silu", flagged_silu),
+        (modeling_mistral, "torch", settings),
+    ]
+    model = tiny_model("mistral")
+    for target, name, value in patches:
+        assert digest_of(model) is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, value)
+            assert digest_of(model) is None, (target, name)
+
+
+def test_the_code_that_comes_with_checkpoints_is_not_of_a_known_package() -> None:
+    kind = type("Model", (nn.Module,), {"__module__": "transformers_modules.org.modeling"})
+    assert not code_identity.is_known(kind)
+    assert code_identity.is_known(modeling_mistral.MistralModel)
+
+
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "DeepseekV3ForCausalLM"])
+def test_families_of_the_bench_are_remembered(kind: str) -> None:
+    model_class = getattr(transformers, kind)
+    config = model_class.config_class(num_hidden_layers=4)
+    with torch.device("meta"):
+        first, second = model_class(config), model_class(config)
+    assert digest_of(first) == digest_of(second) is not None
+
+
+def test_adapters_of_peft_are_remembered_and_told_apart() -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted(rank: int) -> nn.Module:
+        config = peft.LoraConfig(target_modules=["q_proj"], r=rank)
+        model: nn.Module = peft.get_peft_model(tiny_model("llama"), config)
+        return model
+
+    assert digest_of(adapted(2)) == digest_of(adapted(2)) is not None
+    assert digest_of(adapted(3)) != digest_of(adapted(2))
 
 
 @pytest.mark.parametrize(
@@ -178,6 +277,7 @@ def test_weights_are_not_held() -> None:
     assert all(weight() is None for weight in weights)
 
 
+@pytest.mark.usefixtures("known_tests")
 def test_patched_code_is_run_anew_and_undone_again(monkeypatch: pytest.MonkeyPatch) -> None:
     before = find_anatomy(tiny_model("mistral"))
 
@@ -219,19 +319,20 @@ def test_what_cannot_be_looked_into() -> None:
     class Local(nn.Linear):
         pass
 
+    assert digest_of(tiny_model("mistral")) is not None
     for opaque in (iter([]), torch.Generator(), Local(2, 2), torch.zeros(1 << 17), lambda: 0):
-        model = PlainModel()
-        model.extra = opaque  # type: ignore[assignment]
+        model = tiny_model("mistral")
+        model.extra = opaque
         assert digest_of(model) is None, opaque
 
 
 def test_containers_that_hold_themselves() -> None:
     digests = []
     for value in (1, 1, 2):
-        model = PlainModel()
+        model = tiny_model("mistral")
         loop: list[Any] = [value, {"model": model}]
         loop.append(loop)
-        model.extra = loop  # type: ignore[assignment]
+        model.extra = loop
         digests.append(digest_of(model))
     assert digests[0] is not None
     assert digests[0] == digests[1] != digests[2]
@@ -247,6 +348,7 @@ def test_nobody_sees_what_others_write_on_the_skeleton() -> None:
     assert second.skeleton.config.hidden_size == 32
 
 
+@pytest.mark.usefixtures("known_tests")
 def test_the_cache_is_bounded() -> None:
     made: list[nn.Module] = []
 
