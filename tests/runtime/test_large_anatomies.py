@@ -16,7 +16,7 @@ MEASURE = """
 import json, resource, sys, time
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
-from hfpp.runtime.anatomy import find_anatomy
+from hfpp.runtime.find_anatomy import find_anatomy
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -100,7 +100,7 @@ def read(text: str) -> dict[str, dict[int, str]]:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if line.startswith("| ") and len(cells) == 5 and " at " in cells[4]:
             found[cells[0]] = {
-                int(stages): result
+                int(stages): result.strip()
                 for result, listed in re.findall(r"([\w ]+?) at ([\d, ]+)", cells[4])
                 for stages in listed.split(",")
             }
