@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mistral import modeling_mistral
@@ -234,12 +235,8 @@ def test_families_of_the_bench_are_remembered(kind: str) -> None:
 
 
 def test_adapters_of_peft_are_remembered_and_told_apart() -> None:
-    peft = pytest.importorskip("peft")
-
     def adapted(rank: int) -> nn.Module:
-        config = peft.LoraConfig(target_modules=["q_proj"], r=rank)
-        model: nn.Module = peft.get_peft_model(tiny_model("llama"), config)
-        return model
+        return get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"], r=rank))
 
     assert digest_of(adapted(2)) == digest_of(adapted(2)) is not None
     assert digest_of(adapted(3)) != digest_of(adapted(2))
