@@ -1,9 +1,11 @@
-// The Python module hfpp._core: the only file that knows pybind11.
+// The Python module hfpp._core: placement, uniform partitions, shapes and the table itself.
 //
-// Every function converts its arguments here, naming them in errors, and works without the GIL.
+// Only the files bindings*.cpp know pybind11. Every function converts its arguments there, naming
+// them in errors, and works without the GIL.
 // Lists of names are built with CPython's own API: a nested std::vector would be converted twice.
+#include "bindings.hpp"
+
 #include <pybind11/native_enum.h>
-#include <pybind11/pybind11.h>
 
 #include <array>
 #include <charconv>
@@ -20,15 +22,13 @@
 #define HFPP_VERSION "0.0.0"
 #endif
 
-namespace py = pybind11;
+namespace hfpp::python {
 
 namespace {
 
-using hfpp::ConfigError;
-using hfpp::Table;
-
-// More Python objects than this in one list or tuple is a mistake in a size, not a plan.
 constexpr std::int64_t kMaxObjects = std::int64_t{1} << 24;
+
+}  // namespace
 
 void require_objects(const char* what, std::int64_t count) {
   if (count > kMaxObjects) {
@@ -38,13 +38,10 @@ void require_objects(const char* what, std::int64_t count) {
   }
 }
 
-// ---- arguments
-
 std::string text_of(py::handle value) {
   return py::repr(value).cast<std::string>();
 }
 
-// An integer argument: anything with __index__ but no bool, within 64 bits.
 std::int64_t integer(py::handle value, const char* name) {
   if (PyBool_Check(value.ptr())) {
     throw ConfigError(std::string(name) + " (" + text_of(value) +
@@ -65,6 +62,20 @@ std::int64_t integer(py::handle value, const char* name) {
   if (result == -1 && PyErr_Occurred()) throw py::error_already_set();
   return result;
 }
+
+}  // namespace hfpp::python
+
+namespace py = pybind11;
+
+namespace {
+
+using hfpp::ConfigError;
+using hfpp::Table;
+using hfpp::python::integer;
+using hfpp::python::require_objects;
+using hfpp::python::text_of;
+
+// ---- arguments
 
 std::int64_t checked_integer(const std::string& name, py::handle value, py::handle minimum,
                              py::handle maximum) {
@@ -428,4 +439,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used(),
         py::arg("microbatch_size"), py::arg("seq_len"), py::arg("hidden_size"),
         py::arg("vocab_size"), py::arg("dtype"),
         "(shapes, dtypes, bytes) of what enters and leaves every stage.");
+
+  hfpp::python::bind_schedule(m);
 }

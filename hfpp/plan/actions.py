@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+from hfpp import _core
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.placement import Placement
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 __all__ = ["Action", "ActionKind", "ScheduleTable", "Step", "parse_action"]
 
@@ -147,22 +147,120 @@ class Step(NamedTuple):
         return f"rank {self.rank}, column {self.column}, action {self.action}"
 
 
-@dataclass(frozen=True)
+_BY_CODE = (
+    None,
+    ActionKind.FORWARD,
+    ActionKind.FULL_BACKWARD,
+    ActionKind.BACKWARD_INPUT,
+    ActionKind.BACKWARD_WEIGHT,
+    ActionKind.SEND_FORWARD,
+    ActionKind.RECEIVE_FORWARD,
+    ActionKind.SEND_BACKWARD,
+    ActionKind.RECEIVE_BACKWARD,
+    ActionKind.WAIT_SEND_FORWARD,
+    ActionKind.WAIT_SEND_BACKWARD,
+    ActionKind.UNSHARD,
+    ActionKind.RESHARD,
+    ActionKind.REDUCE_GRAD,
+    ActionKind.WAIT_REDUCE_GRAD,
+)
+"""The kinds by their numbers in packed actions; number 0 is an idle column."""
+_NUMBERS = {kind: number for number, kind in enumerate(_BY_CODE)}
+_BITS = 28
+_MOST = (1 << _BITS) - 1
+_JOINED = 1 << (2 * _BITS + 6)
+
+
+def _unpacked(codes: Iterable[int]) -> Iterator[Action | None]:
+    """The actions of one row, the parts of overlapped groups put together."""
+    group: list[Action] = []
+    for code in codes:
+        kind = _BY_CODE[code >> 2 * _BITS & 63]
+        if group and not code & _JOINED:
+            yield _grouped(group)
+            group = []
+        if kind is None:
+            yield None
+            continue
+        microbatch = code & _MOST if kind.has_microbatch else None
+        group.append(Action(code >> _BITS & _MOST, kind, microbatch))
+    if group:
+        yield _grouped(group)
+
+
+def _grouped(parts: list[Action]) -> Action:
+    return parts[0] if len(parts) == 1 else Action(-1, ActionKind.OVERLAP, None, tuple(parts))
+
+
+def _packed(name: str, row: Iterable[Action | None]) -> Iterator[int]:
+    for action in row:
+        if action is None:
+            yield 0
+            continue
+        for position, leaf in enumerate(action.leaves):
+            microbatch = leaf.microbatch or 0
+            if not (0 <= leaf.stage <= _MOST and 0 <= microbatch <= _MOST):
+                raise PipelineConfigError(
+                    f"{name}: action {leaf}: stages and microbatches are numbered from 0 to {_MOST}"
+                )
+            code = _NUMBERS[leaf.kind] << 2 * _BITS | leaf.stage << _BITS | microbatch
+            yield code | _JOINED if position else code
+
+
 class ScheduleTable:
     """The actions of all ranks of one pipeline, in the order in which each rank runs them.
 
-    Attributes:
-        name: how messages and pictures call the schedule.
-        rows: one row per rank; None is an idle column, which means nothing to those who run it.
+    Idle columns of a file are kept; they mean nothing to those who run it.
     """
 
-    name: str
-    rows: tuple[tuple[Action | None, ...], ...] = field(repr=False)
+    def __init__(self, native: _core.Schedule) -> None:
+        self.native = native
+        """The actions as the native core holds them."""
+
+    @classmethod
+    def from_rows(cls, name: str, rows: Iterable[Iterable[Action | None]]) -> ScheduleTable:
+        """A table of given actions.
+
+        Args:
+            name: how messages and pictures call the schedule.
+            rows: one row per rank; None is an idle column.
+
+        Raises:
+            PipelineConfigError: a stage or a microbatch has a number that no table holds.
+        """
+        codes = [list(_packed(name, row)) for row in rows]
+        return cls(_core.Schedule.of_codes(name, codes))
+
+    def __repr__(self) -> str:
+        return (
+            f"ScheduleTable({self.name!r}, {self.pp_size} ranks, {self.native.num_actions} actions)"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ScheduleTable):
+            return NotImplemented
+        return self.name == other.name and self.rows == other.rows
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def name(self) -> str:
+        """How messages and pictures call the schedule."""
+        return self.native.name
 
     @property
     def pp_size(self) -> int:
         """The number of ranks."""
-        return len(self.rows)
+        return self.native.pp_size
+
+    @cached_property
+    def rows(self) -> tuple[tuple[Action | None, ...], ...]:
+        """One row per rank; None is an idle column."""
+        return tuple(self.row(rank) for rank in range(self.pp_size))
+
+    def row(self, rank: int) -> tuple[Action | None, ...]:
+        """The actions of one rank; None is an idle column."""
+        return tuple(_unpacked(memoryview(self.native.codes(rank))))
 
     def steps(self, rank: int) -> Iterator[Step]:
         """The actions of one rank with their places, idle columns left out."""
@@ -177,25 +275,7 @@ class ScheduleTable:
         Raises:
             PipelineConfigError: a stage that computes on two ranks, or on none.
         """
-        found: dict[int, Step] = {}
-        for rank in range(self.pp_size):
-            for step in self.steps(rank):
-                for leaf in step.action.leaves:
-                    if not leaf.kind.is_compute:
-                        continue
-                    first = found.setdefault(leaf.stage, step)
-                    if first.rank != rank:
-                        raise PipelineConfigError(
-                            f"{self.name}: {step}: stage {leaf.stage} also runs on rank "
-                            f"{first.rank} (column {first.column}); a stage lives on one rank"
-                        )
-        num_stages = max(found, default=-1) + 1
-        if missing := [stage for stage in range(num_stages) if stage not in found]:
-            raise PipelineConfigError(
-                f"{self.name}: no rank runs stage {missing[0]}, although the highest stage is "
-                f"{num_stages - 1}: stages are numbered from 0 without gaps"
-            )
-        return tuple(found[stage].rank for stage in range(num_stages))
+        return self.native.stage_to_rank().row()
 
     @property
     def num_stages(self) -> int:
@@ -252,25 +332,12 @@ class ScheduleTable:
             "stages per rank, s and the one as far from the end) either: lay the stages as one"
         )
 
-    @cached_property
+    @property
     def n_microbatches(self) -> int:
         """The number of microbatches: the highest index plus one."""
-        return 1 + max(
-            (
-                leaf.microbatch
-                for rank in range(self.pp_size)
-                for step in self.steps(rank)
-                for leaf in step.action.leaves
-                if leaf.microbatch is not None
-            ),
-            default=-1,
-        )
+        return self.native.n_microbatches
 
-    @cached_property
+    @property
     def has_communication(self) -> bool:
         """Whether sends, receives or other runtime actions are spelled out."""
-        return any(
-            not step.action.kind.is_compute
-            for rank in range(self.pp_size)
-            for step in self.steps(rank)
-        )
+        return self.native.has_communication

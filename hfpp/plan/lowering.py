@@ -69,4 +69,4 @@ def add_communication(table: ScheduleTable) -> ScheduleTable:
                 f"{table.name}: the schedule deadlocks: rank {rank} never gets the input of "
                 f"{actions[position[rank]]}"
             )
-    return ScheduleTable(table.name, tuple(map(tuple, rows)))
+    return ScheduleTable.from_rows(table.name, tuple(map(tuple, rows)))

@@ -238,4 +238,4 @@ def compute_table(
         )
         for rank in range(pp_size)
     )
-    return ScheduleTable(spec.name, tuple(map(tuple, rows)))
+    return ScheduleTable.from_rows(spec.name, tuple(map(tuple, rows)))

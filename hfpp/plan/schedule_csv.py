@@ -41,7 +41,7 @@ def read_csv(path: str | os.PathLike[str]) -> ScheduleTable:
         raise PipelineConfigError(
             f"{path} holds no actions: a schedule file has a row per rank and actions such as 0F0"
         )
-    return ScheduleTable(str(path), tuple(rows))
+    return ScheduleTable.from_rows(str(path), tuple(rows))
 
 
 def _parse(path: Path, rank: int, column: int, text: str) -> Action | None:

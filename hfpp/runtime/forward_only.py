@@ -35,7 +35,7 @@ def forward_actions(stage_to_rank: dict[int, int], rank: int, n_microbatches: in
     for row_rank in range(max(stage_to_rank.values()) + 1):
         stages = [stage for stage, owner in stage_to_rank.items() if owner == row_rank]
         rows.append(tuple(forward_only(stages, n_microbatches)))
-    table = add_communication(ScheduleTable("forward only", tuple(rows)))
+    table = add_communication(ScheduleTable.from_rows("forward only", tuple(rows)))
     return [step.action for step in table.steps(rank)]
 
 

@@ -122,7 +122,9 @@ def test_communication_changes_nothing_in_the_picture() -> None:
 
 def test_a_deadlock_is_an_error_and_no_picture() -> None:
     rows = ("0F0 0B0 0F1 0B1", "1F1 1B1 1F0 1B0")
-    table = ScheduleTable("x", tuple(tuple(map(parse_action, row.split())) for row in rows))
+    table = ScheduleTable.from_rows(
+        "x", tuple(tuple(map(parse_action, row.split())) for row in rows)
+    )
     with pytest.raises(PipelineConfigError, match="deadlocks"):
         schedule_svg(table)
 

@@ -296,7 +296,7 @@ def rows_of(table: ScheduleTable) -> list[list[Action]]:
 
 def rejected(rows: list[list[Action]]) -> str:
     with pytest.raises(PipelineConfigError) as caught:
-        verify(ScheduleTable("planted", tuple(map(tuple, rows))))
+        verify(ScheduleTable.from_rows("planted", tuple(map(tuple, rows))))
     return str(caught.value)
 
 
@@ -388,7 +388,7 @@ def test_a_group_that_needs_itself_is_a_deadlock() -> None:
 )
 def test_faults_are_named(rows: tuple[str, ...], match: str) -> None:
     with pytest.raises(PipelineConfigError, match=match):
-        verify(ScheduleTable("planted", tuple(map(tuple, parse_rows(*rows)))))
+        verify(ScheduleTable.from_rows("planted", tuple(map(tuple, parse_rows(*rows)))))
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,7 @@ def test_faults_are_named(rows: tuple[str, ...], match: str) -> None:
 )
 def test_faults_of_communication_are_named(rows: tuple[str, ...], match: str) -> None:
     with pytest.raises(PipelineConfigError, match=match):
-        verify(ScheduleTable("planted", tuple(map(tuple, parse_rows(*rows)))))
+        verify(ScheduleTable.from_rows("planted", tuple(map(tuple, parse_rows(*rows)))))
 
 
 def test_sending_out_of_step_is_a_deadlock_of_messages() -> None:

@@ -1,0 +1,24 @@
+// What the files of the Python module share: arguments, and what each file adds to the module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+namespace hfpp::python {
+
+namespace py = pybind11;
+
+// More Python objects than `count` allows in one list or tuple is a mistake in a size, not a plan.
+void require_objects(const char* what, std::int64_t count);
+
+// The value as Python writes it.
+std::string text_of(py::handle value);
+
+// An integer argument: anything with __index__ but no bool, within 64 bits.
+std::int64_t integer(py::handle value, const char* name);
+
+void bind_schedule(py::module_& m);
+
+}  // namespace hfpp::python

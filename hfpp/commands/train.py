@@ -1,0 +1,127 @@
+"""`hfpp train`: a causal language model on a text."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hfpp.plan.schedule import SCHEDULES
+from hfpp.train.options import RunDtype, TrainOptions
+
+__all__ = ["add_to", "run"]
+
+_DEFAULT = " (default: %(default)s)"  # argparse fills it in
+
+
+def run(given: argparse.Namespace) -> int:
+    """Trains."""
+    options = TrainOptions(
+        model=given.model,
+        text=given.text,
+        pp=given.pp,
+        schedule=given.schedule,
+        microbatch_size=given.microbatch_size,
+        batch_size=given.batch_size,
+        seq_len=given.seq_len,
+        steps=given.steps,
+        lr=given.lr,
+        warmup_steps=given.warmup_steps,
+        dtype=RunDtype(given.dtype),
+        seed=given.seed,
+        max_grad_norm=given.max_grad_norm,
+        out=given.out,
+        force=given.force,
+        verify=given.verify,
+    )
+    # Only now: --help and wrong options wait for nothing.
+    from hfpp.train.launcher import run_training
+
+    run_training(options)
+    return 0
+
+
+def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command and its options."""
+    train = commands.add_parser(
+        "train",
+        help="train a causal language model on a text with pipeline parallelism",
+        description=(
+            "Trains a causal language model with pipeline parallelism. Started plainly, it runs "
+            "--pp local processes; under torchrun it joins that job, and ranks beyond --pp are "
+            "data parallel (FSDP2). Dropout is off. What is left is the loss curve, the schedule, "
+            "the metrics of every step and a summary: the trained weights are not saved."
+        ),
+        allow_abbrev=False,
+    )
+    usual = TrainOptions()
+    add = train.add_argument
+    add(
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        default=usual.model,
+        help="local folder with a config.json, and safetensors to start from, else random weights; "
+        "its tokenizer is used, else bytes (default: a small Llama)",
+    )
+    add(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        default=usual.text,
+        help="UTF-8 text to train on (default: the prose of Python's pydoc_data.topics)",
+    )
+    add("--pp", type=int, metavar="N", default=usual.pp, help=f"ranks of the pipeline{_DEFAULT}")
+    add(
+        "--schedule",
+        metavar="NAME",
+        default=usual.schedule,
+        help=f"one of {', '.join(SCHEDULES)}, in any case, or an alias{_DEFAULT}",
+    )
+    for name, text in (
+        ("microbatch-size", "sequences per microbatch"),
+        ("batch-size", "sequences per step, over all ranks"),
+        ("seq-len", "tokens per sequence"),
+        ("steps", "optimizer steps"),
+        ("warmup-steps", "steps over which the learning rate rises"),
+        ("seed", "of the weights and of the order of the data"),
+    ):
+        default = getattr(usual, name.replace("-", "_"))
+        add(f"--{name}", type=int, metavar="N", default=default, help=text + _DEFAULT)
+    add(
+        "--lr",
+        type=float,
+        metavar="X",
+        default=usual.lr,
+        help=f"peak learning rate of AdamW{_DEFAULT}",
+    )
+    add(
+        "--max-grad-norm",
+        type=float,
+        metavar="X",
+        default=usual.max_grad_norm,
+        help=f"clip all gradients together to this norm; 0 does not clip{_DEFAULT}",
+    )
+    add(
+        "--dtype",
+        choices=[str(dtype) for dtype in RunDtype],
+        default=str(usual.dtype),
+        help=f"type of parameters, activations and gradients{_DEFAULT}",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=usual.out,
+        help=f"folder for the results, a new one{_DEFAULT}",
+    )
+    add(
+        "--force",
+        action="store_true",
+        help="replace the results of an earlier run in --out, and nothing else",
+    )
+    add(
+        "--verify",
+        action="store_true",
+        help="also train the plain model in one process, and fail if the loss or the gradient norm "
+        "of any step differs",
+    )
