@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from hfpp._core import Table
     from hfpp.check.report import CheckReport
+    from hfpp.plan.pipeline_plan import PipelinePlan
     from hfpp.runtime.pipeline import Pipeline
 
 __all__ = [
@@ -577,8 +578,8 @@ def pipeline_model(
     layers_per_stage: int | None,
     pipeline_parallel_schedule_csv: str | PathLike[str] | None,
     pipeline_parallel_schedule: str | None,
-    microbatch_size: int,
-    local_batch_size: int,
+    microbatch_size: int | None,
+    local_batch_size: int | None,
     device: torch.device,
     loss_fn: Callable[..., torch.Tensor] | None = None,
     parallelize_fn: ParallelizeFnProtocol | None = None,
@@ -592,6 +593,7 @@ def pipeline_model(
     reduce_grad_per_microbatch: bool = False,
     tensor_dtype: torch.dtype | None = None,
     verify: Literal["logits", "grads"] | None = None,
+    plan: PipelinePlan | str | PathLike[str] | None = None,
 ) -> Pipeline:
     """Turns a model into a pipeline: splits it, parallelizes the parts and builds the schedule.
 
@@ -619,8 +621,8 @@ def pipeline_model(
         layers_per_stage: Layers per stage, as in `calculate_virtual_stages`.
         pipeline_parallel_schedule_csv: A schedule file, as in `build_pipeline_schedule`.
         pipeline_parallel_schedule: A schedule's name, as in `build_pipeline_schedule`.
-        microbatch_size: Sequences per microbatch.
-        local_batch_size: Sequences per step of this pipeline.
+        microbatch_size: Sequences per microbatch; None takes the plan's.
+        local_batch_size: Sequences per step of this pipeline; None takes the plan's.
         device: Where the stages run.
         loss_fn: Called on the last stage as ``loss_fn(output, target)``.
         parallelize_fn: Called on every local part: see `ParallelizeFnProtocol`.
@@ -639,14 +641,17 @@ def pipeline_model(
             does: "logits", or "grads" for these and every gradient. A transformers model is checked
             as a small random twin with as many stages as the schedule has, but at most 8; any other
             model as it is. None checks nothing.
+        plan: A plan that `hfpp plan --out` wrote, or a `PipelinePlan`: it sets the schedule, the
+            partition, the batch sizes and the sequence length. What is given beside it must agree,
+            and so must the model and the pipeline's, tensor and context parallel sizes of the mesh.
 
     Returns:
         A named tuple ``(schedule, model_parts, has_first_stage, has_last_stage, stages)``.
 
     Raises:
-        PipelineConfigError: If the settings cannot work together, the ranks disagree, or `verify`
-            finds a difference.
-        FileNotFoundError: If there is no such CSV file.
+        PipelineConfigError: If the settings cannot work together, the ranks disagree, `verify`
+            finds a difference, or the plan is for another model or mesh.
+        FileNotFoundError: If there is no such CSV or plan file.
 
     Example:
         >>> schedule, parts, has_first, has_last, stages = pipeline_model(  # doctest: +SKIP
@@ -690,6 +695,7 @@ def pipeline_model(
         reduce_grad_per_microbatch=reduce_grad_per_microbatch,
         tensor_dtype=tensor_dtype,
         verify=check,
+        plan=plan,
     )
 
 

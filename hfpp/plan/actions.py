@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from enum import StrEnum
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hfpp import _core
 from hfpp.errors import PipelineConfigError
@@ -230,6 +230,9 @@ class ScheduleTable:
         """
         codes = [list(_packed(name, row)) for row in rows]
         return cls(_core.Schedule.of_codes(name, codes))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ScheduleTable.from_rows, (self.name, self.rows)
 
     def __repr__(self) -> str:
         return (

@@ -11,7 +11,13 @@ import torch
 
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.placement import Placement
-from hfpp.plan.schedule import check_microbatches, find_schedule, read_csv, verify
+from hfpp.plan.schedule import (
+    ScheduleTable,
+    check_microbatches,
+    find_schedule,
+    read_csv,
+    verify,
+)
 from hfpp.runtime import torch_compat as compat
 from hfpp.runtime.auxiliary_loss import AuxiliaryLosses
 from hfpp.runtime.compiled import refuse_wrapping_compilation, spare_late_weights
@@ -22,7 +28,7 @@ from hfpp.runtime.tied_weights import TiedGradients
 if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage
 
-    from hfpp.plan.schedule import ScheduleSpec, ScheduleTable
+    from hfpp.plan.schedule import ScheduleSpec
 
 __all__ = ["add_step_context", "build_pipeline_schedule", "check_pipeline_schedule"]
 
@@ -32,7 +38,7 @@ LossFn = Callable[..., torch.Tensor]
 
 
 def build_pipeline_schedule(
-    pipeline_parallel_schedule_csv: str | os.PathLike[str] | None,
+    pipeline_parallel_schedule_csv: ScheduleTable | str | os.PathLike[str] | None,
     pipeline_parallel_schedule: str | None,
     microbatch_size: int,
     local_batch_size: int,
@@ -40,7 +46,10 @@ def build_pipeline_schedule(
     loss_fn: LossFn | None,
     scale_grads: bool = False,
 ) -> Any:
-    """Builds this rank's schedule: see `hfpp.functional.build_pipeline_schedule`."""
+    """Builds this rank's schedule: see `hfpp.functional.build_pipeline_schedule`.
+
+    Beyond it: a table in place of a CSV file.
+    """
     stages = _checked_stages(stages)
     request = _check(
         pipeline_parallel_schedule_csv,
@@ -96,7 +105,7 @@ def build_pipeline_schedule(
 
 
 def check_pipeline_schedule(
-    pipeline_parallel_schedule_csv: str | os.PathLike[str] | None,
+    pipeline_parallel_schedule_csv: ScheduleTable | str | os.PathLike[str] | None,
     pipeline_parallel_schedule: str | None,
     microbatch_size: int,
     local_batch_size: int,
@@ -133,7 +142,7 @@ class _Request(NamedTuple):
 
 
 def _check(
-    csv: str | os.PathLike[str] | None,
+    csv: ScheduleTable | str | os.PathLike[str] | None,
     name: str | None,
     microbatch_size: int,
     local_batch_size: int,
@@ -141,7 +150,7 @@ def _check(
 ) -> _Request:
     n_microbatches = _count_microbatches(microbatch_size, local_batch_size)
     if csv:
-        table = read_csv(csv)
+        table = csv if isinstance(csv, ScheduleTable) else read_csv(csv)
         verify(table)
         _check_table(table, stages, n_microbatches)
         return _Request(n_microbatches, None, table)

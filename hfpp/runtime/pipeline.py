@@ -16,6 +16,7 @@ from hfpp.plan.schedule import find_schedule
 from hfpp.runtime.build_schedule import build_pipeline_schedule, check_pipeline_schedule
 from hfpp.runtime.data_parallel import ReducingStage
 from hfpp.runtime.needed_gradients import SparingStage
+from hfpp.runtime.planned import follow_plan
 from hfpp.runtime.preflight import agree, model_facts
 from hfpp.runtime.split_model import split_model_into_stages
 from hfpp.runtime.stage_boundary import boundary_of
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
+    from hfpp.plan.actions import ScheduleTable
+    from hfpp.plan.pipeline_plan import PipelinePlan
     from hfpp.runtime.torch_compat import TorchSchedule
 
 
@@ -60,8 +63,8 @@ def pipeline_model(
     layers_per_stage: int | None,
     pipeline_parallel_schedule_csv: str | PathLike[str] | None,
     pipeline_parallel_schedule: str | None,
-    microbatch_size: int,
-    local_batch_size: int,
+    microbatch_size: int | None,
+    local_batch_size: int | None,
     device: torch.device,
     loss_fn: Callable[..., torch.Tensor] | None = None,
     parallelize_fn: Callable[..., Any] | None = None,
@@ -75,6 +78,7 @@ def pipeline_model(
     reduce_grad_per_microbatch: bool = False,
     tensor_dtype: torch.dtype | None = None,
     verify: Callable[[nn.Module, int], None] | None = None,
+    plan: PipelinePlan | str | PathLike[str] | None = None,
 ) -> Pipeline:
     """Split, parallelize, schedule: see `hfpp.functional.pipeline_model`.
 
@@ -86,6 +90,8 @@ def pipeline_model(
     refusal: Exception | None = None
     stages: list[PipelineStage] = []
     parts: list[nn.Module] = []
+    size, batch = microbatch_size or 0, local_batch_size or 0  # 0 and None are refused below
+    csv: ScheduleTable | str | PathLike[str] | None = pipeline_parallel_schedule_csv
     try:
         _check_axes(
             world_mesh,
@@ -94,16 +100,41 @@ def pipeline_model(
             cp_axis_name=cp_axis_name,
             tp_axis_name=tp_axis_name,
         )
-        _check_schedule_is_named(pipeline_parallel_schedule_csv, pipeline_parallel_schedule)
+        if plan is not None:
+            planned = follow_plan(
+                plan,
+                model,
+                world_mesh,
+                axes={"pp": pp_axis_name, "tp": tp_axis_name, "cp": cp_axis_name},
+                given={
+                    "pipeline_parallel_schedule": pipeline_parallel_schedule,
+                    "pipeline_parallel_schedule_csv": pipeline_parallel_schedule_csv,
+                    "layers_per_stage": layers_per_stage,
+                    "module_fqns_per_model_part": module_fqns_per_model_part,
+                    "round_to_pp_multiple": round_to_pp_multiple,
+                    "microbatch_size": microbatch_size,
+                    "local_batch_size": local_batch_size,
+                    "seq_len": seq_len,
+                },
+                is_parallelized=parallelize_fn is not None,
+            )
+            csv = planned.table
+            pipeline_parallel_schedule, seq_len = planned.schedule, planned.seq_len
+            size, batch = planned.microbatch_size, planned.local_batch_size
+            module_fqns_per_model_part = planned.names
+            facts["plan"] = planned.fact
+        _check_schedule_is_named(csv, pipeline_parallel_schedule)
+        if plan is None:
+            _check_sizes(microbatch_size=microbatch_size, local_batch_size=local_batch_size)
         _check_seq_len(seq_len)
-        facts = {
+        facts |= {
             "pipeline_parallel_schedule": pipeline_parallel_schedule,
             "pipeline_parallel_schedule_csv": _contents(pipeline_parallel_schedule_csv),
             "layers_per_stage": layers_per_stage,
             "round_to_pp_multiple": round_to_pp_multiple,
             "module_fqns_per_model_part": module_fqns_per_model_part,
-            "microbatch_size": microbatch_size,
-            "local_batch_size": local_batch_size,
+            "microbatch_size": size,
+            "local_batch_size": batch,
             "patch_inner_model": patch_inner_model,
             "patch_causal_lm_model": patch_causal_lm_model,
             "scale_grads": scale_grads,
@@ -127,16 +158,16 @@ def pipeline_model(
             patch_inner_model,
             patch_causal_lm_model,
             round_to_pp_multiple,
-            pipeline_parallel_schedule_csv=pipeline_parallel_schedule_csv,
+            pipeline_parallel_schedule_csv=csv,
             stage_class=ReducingStage if reduce_grad_per_microbatch else SparingStage,
             names_argument="module_fqns_per_model_part",
             verify=verify,
         )
         check_pipeline_schedule(
-            pipeline_parallel_schedule_csv,
+            csv,
             pipeline_parallel_schedule,
-            microbatch_size,
-            local_batch_size,
+            size,
+            batch,
             stages,
         )
     except Exception as error:  # whatever it is: the other ranks wait for this one
@@ -161,14 +192,12 @@ def pipeline_model(
     for part in parts:
         _move(part, device)
     if seq_len is not None:
-        precompute_stage_shapes(
-            stages, getattr(model, "config", None), microbatch_size, seq_len, tensor_dtype
-        )
+        precompute_stage_shapes(stages, getattr(model, "config", None), size, seq_len, tensor_dtype)
     schedule = build_pipeline_schedule(
-        pipeline_parallel_schedule_csv,
+        csv,
         pipeline_parallel_schedule,
-        microbatch_size,
-        local_batch_size,
+        size,
+        batch,
         stages,
         loss_fn,
         scale_grads,
@@ -227,7 +256,9 @@ def _move(part: nn.Module, device: torch.device) -> None:
         part.to(device)
 
 
-def _check_schedule_is_named(csv: str | PathLike[str] | None, name: str | None) -> None:
+def _check_schedule_is_named(
+    csv: ScheduleTable | str | PathLike[str] | None, name: str | None
+) -> None:
     if not csv and not name:
         raise PipelineConfigError(
             "pipeline_parallel_schedule and pipeline_parallel_schedule_csv are both empty: use "
@@ -235,6 +266,14 @@ def _check_schedule_is_named(csv: str | PathLike[str] | None, name: str | None) 
         )
     if not csv and name:
         find_schedule(name)
+
+
+def _check_sizes(**sizes: int | None) -> None:
+    for argument, size in sizes.items():
+        if size is None:
+            raise PipelineConfigError(
+                f"{argument} is None, which needs a plan that says it: use {argument}=1 or more"
+            )
 
 
 def _check_seq_len(seq_len: int | None) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.pipelining import PipelineStage
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.partition import calculate_virtual_stages, check_rounding, uniform_offsets
 from hfpp.plan.placement import Placement, stage_ids_this_rank
-from hfpp.plan.schedule import find_schedule, read_csv
+from hfpp.plan.schedule import ScheduleTable, find_schedule, read_csv
 from hfpp.runtime.anatomy import Anatomy
 from hfpp.runtime.auxiliary_term import FLAG, asks_for_auxiliary_loss, flagged_configs
 from hfpp.runtime.compiled import compile_alike, nothing_left
@@ -60,7 +60,7 @@ def split_model_into_stages(
     patch_causal_lm_model: bool = True,
     round_to_pp_multiple: Literal["up", "down"] | None = None,
     *,
-    pipeline_parallel_schedule_csv: str | PathLike[str] | None = None,
+    pipeline_parallel_schedule_csv: ScheduleTable | str | PathLike[str] | None = None,
     anatomy: Anatomy | None = None,
     stage_class: type[PipelineStage] = SparingStage,
     names_argument: str = "module_names_per_stage",
@@ -68,9 +68,9 @@ def split_model_into_stages(
 ) -> tuple[list[PipelineStage], list[nn.Module]]:
     """Split ``model``: see `hfpp.functional.split_model_into_stages`.
 
-    Beyond it: ``anatomy``, where it is known; the ``stage_class`` to wrap modules in; what the
-    caller calls ``module_names_per_stage``; and what is called with the model and the number of
-    stages before anything is built, to raise where they do not fit.
+    Beyond it: a table in place of a CSV file; ``anatomy``, where it is known; the ``stage_class``
+    to wrap modules in; what the caller calls ``module_names_per_stage``; and what is called with
+    the model and the number of stages before anything is built, to raise where they do not fit.
     """
     check_rounding(round_to_pp_multiple)
     mesh = pp_mesh[pp_axis_name] if pp_mesh.ndim > 1 else pp_mesh
@@ -140,10 +140,10 @@ class _Layout(NamedTuple):
         return self.stages_per_rank == 1
 
 
-def _layout(schedule: str | None, csv: str | PathLike[str] | None) -> _Layout:
+def _layout(schedule: str | None, csv: ScheduleTable | str | PathLike[str] | None) -> _Layout:
     if csv:
-        table = read_csv(csv)
-        return _Layout(f"the schedule in {csv}", table.placement, table.stages_per_rank)
+        table = csv if isinstance(csv, ScheduleTable) else read_csv(csv)
+        return _Layout(f"the schedule in {table.name}", table.placement, table.stages_per_rank)
     if schedule is None:
         raise PipelineConfigError(
             "pp_schedule is None and there is no pipeline_parallel_schedule_csv: use "
