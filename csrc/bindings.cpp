@@ -441,4 +441,5 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used(),
         "(shapes, dtypes, bytes) of what enters and leaves every stage.");
 
   hfpp::python::bind_schedule(m);
+  hfpp::python::bind_verify(m);
 }

@@ -20,5 +20,6 @@ std::string text_of(py::handle value);
 std::int64_t integer(py::handle value, const char* name);
 
 void bind_schedule(py::module_& m);
+void bind_verify(py::module_& m);
 
 }  // namespace hfpp::python

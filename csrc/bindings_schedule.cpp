@@ -53,6 +53,11 @@ Table stage_to_rank(const Schedule& schedule) {
   return table;
 }
 
+const char* placement(const Schedule& schedule) {
+  const py::gil_scoped_release release;
+  return schedule.placement(schedule.stage_to_rank()) == Placement::Loop ? "loop" : "v";
+}
+
 }  // namespace
 
 void bind_schedule(py::module_& m) {
@@ -71,7 +76,8 @@ void bind_schedule(py::module_& m) {
       .def_property_readonly("has_communication", &Schedule::has_communication,
                              "Whether any action is neither a computation nor idle.")
       .def("codes", &codes, py::arg("rank"), "int64 [actions]: the packed actions of one rank.")
-      .def("stage_to_rank", &stage_to_rank, "int32 [num_stages]: the rank of every stage.");
+      .def("stage_to_rank", &stage_to_rank, "int32 [num_stages]: the rank of every stage.")
+      .def("placement", &placement, "'loop' or 'v': how the stages lie on the ranks.");
 }
 
 }  // namespace hfpp::python

@@ -313,27 +313,10 @@ class ScheduleTable:
         """How the stages lie on the ranks; a single rank or one stage per rank counts as loop.
 
         Raises:
-            PipelineConfigError: neither loop nor v; the message names the first stage that differs.
+            PipelineConfigError: neither loop nor v, or not as many stages on each rank; the message
+                names the first stage that differs.
         """
-        size, last = self.pp_size, self.num_stages - 1
-        loop = tuple(stage % size for stage in range(last + 1))
-        v = tuple(min(stage, last - stage) for stage in range(last + 1))
-        if self.stage_to_rank == loop and self.stages_per_rank:
-            return Placement.LOOP
-        if last + 1 == 2 * size and self.stage_to_rank == v:
-            return Placement.V
-        differing = (s for s, rank in enumerate(self.stage_to_rank) if rank != loop[s])
-        stage = next(differing, None)
-        if stage is None:
-            raise PipelineConfigError(
-                f"{self.name}: no row has a forward or a backward, so that no stage has a rank: "
-                "write the compute actions, with or without the communication"
-            )
-        raise PipelineConfigError(
-            f"{self.name}: stage {stage} runs on rank {self.stage_to_rank[stage]}, where a loop "
-            f"(stage s on rank s % {size}) has rank {loop[stage]}, and the table is no v (two "
-            "stages per rank, s and the one as far from the end) either: lay the stages as one"
-        )
+        return Placement(self.native.placement())
 
     @property
     def n_microbatches(self) -> int:
