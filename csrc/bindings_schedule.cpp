@@ -6,6 +6,7 @@
 #include "bindings.hpp"
 #include "schedule.hpp"
 #include "table.hpp"
+#include "verify.hpp"
 
 namespace hfpp::python {
 
@@ -55,7 +56,7 @@ Table stage_to_rank(const Schedule& schedule) {
 
 const char* placement(const Schedule& schedule) {
   const py::gil_scoped_release release;
-  return schedule.placement(schedule.stage_to_rank()) == Placement::Loop ? "loop" : "v";
+  return placement_of(schedule, schedule.stage_to_rank()) == Placement::Loop ? "loop" : "v";
 }
 
 }  // namespace

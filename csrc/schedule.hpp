@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "error.hpp"
-#include "placement.hpp"
 
 namespace hfpp {
 
@@ -113,18 +112,14 @@ class Schedule {
   bool has_communication() const;
   // The rank of each stage. Throws where a stage computes on two ranks, or on none.
   std::vector<std::int32_t> stage_to_rank() const;
-  // How these stages lie. A single rank, or one stage on each, counts as a loop. Throws where they
-  // lie neither as a loop nor as a v, or not as many on each rank.
-  Placement placement(const std::vector<std::int32_t>& stage_to_rank) const;
 
   // "rank 1, column 2, action 3F0": where an action stands, for messages. A group is one column.
   std::string place_of(std::int64_t rank, const Action* action) const;
   std::int64_t column_of(std::int64_t rank, const Action* action) const;
-
- private:
-  // Where a stage first computes, for messages.
+  // The same of the first computation of a stage that has one.
   std::string place_of_stage(std::int64_t stage) const;
 
+ private:
   std::int64_t offset(std::int64_t rank) const { return offsets_[static_cast<std::size_t>(rank)]; }
 
   std::string name_;

@@ -17,6 +17,10 @@ namespace hfpp {
 std::vector<std::int64_t> verify(const Schedule& schedule,
                                  std::optional<std::int64_t> activation_limit);
 
+// How the stages of these ranks lie. A single rank, or one stage on each, counts as a loop. Throws
+// a ConfigError where it is neither a loop nor a v, or not as many on each rank.
+Placement placement_of(const Schedule& schedule, const std::vector<std::int32_t>& stage_to_rank);
+
 // ---- its parts
 
 // Where the stages are.
