@@ -91,6 +91,7 @@ def read_layer(config: ModelConfig, family: Family, kind: LayerKind) -> LayerSha
         feed_forwards=tuple(feed_forwards),
         norm=family.norm,
         norms=norms,
+        is_parallel=len(norms) == 1 or holds(family.parallel_residual, config),
         besides=besides,
     )
 
@@ -114,7 +115,7 @@ def _attention(config: ModelConfig, family: Family, mixer: str, hidden: int) -> 
     kv_heads = config.optional(
         "num_key_value_heads", "kv_n_heads", "num_kv_heads", maximum=MOST_HEADS
     )
-    kv_heads = heads if kv_heads is None else kv_heads
+    kv_heads = heads if kv_heads is None or family.is_multi_head else kv_heads
     dim = config.optional("head_dim", "attention_head_dim")
     if dim is None:
         if hidden % heads:
@@ -152,6 +153,9 @@ def _attention(config: ModelConfig, family: Family, mixer: str, hidden: int) -> 
         besides=besides,
         qk_norm=None if qk_norm is None else family.norm,
         is_gated=gate is not None,
+        is_fused=family.fused,
+        has_softcap=config.has("attn_logit_softcapping"),
+        has_plain_softmax=family.plain_softmax,
     )
 
 
@@ -263,6 +267,7 @@ def _experts(config: ModelConfig, family: Family, hidden: int) -> Experts | Feed
             else None
         ),
         besides=besides,
+        is_routed_in_float32=config.has("n_group", "topk_group"),
     )
 
 

@@ -17,7 +17,7 @@ __all__ = [
     "Recurrence",
 ]
 
-NormKind = Literal["rms", "gemma", "layer", "plain"]
+NormKind = Literal["rms", "rms32", "layer", "plain"]
 """Root mean square with the weight applied in the model's dtype, the same in float32, LayerNorm,
 and a norm without weights."""
 
@@ -70,7 +70,10 @@ class Attention:
         is_gated: whether the output is multiplied by a gate as wide as it.
         latent: widths of the compressed queries and of the compressed keys and values, where
             these are normed in between; empty without compression.
-        is_shared: whether keys and values are another layer's.
+        is_fused: whether one matrix makes queries, keys and values, whose whole output is kept for
+            the values' sake.
+        has_softcap: whether scores are capped.
+        has_plain_softmax: whether the softmax computes in the model's dtype.
     """
 
     inward: tuple[Linear, ...]
@@ -85,7 +88,9 @@ class Attention:
     qk_norm: NormKind | None = None
     is_gated: bool = False
     latent: tuple[int, ...] = ()
-    is_shared: bool = False
+    is_fused: bool = False
+    has_softcap: bool = False
+    has_plain_softmax: bool = False
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -174,6 +179,7 @@ class Experts:
         router: what chooses; its matrix is held whole by every rank.
         shared: what every token goes through beside them; None without.
         besides: parameters in no matrix, held whole by every rank.
+        is_routed_in_float32: whether the router computes in float32.
     """
 
     count: int
@@ -182,6 +188,7 @@ class Experts:
     router: Linear
     shared: FeedForward | None = None
     besides: int = 0
+    is_routed_in_float32: bool = False
 
     @property
     def parameters(self) -> int:
@@ -205,6 +212,7 @@ class LayerShape:
         feed_forwards: what each token goes through by itself: none, one, or several side by side.
         norm: the kind of its norms.
         norms: the widths of the norms around them, whose inputs are kept for the backward.
+        is_parallel: whether attention and feed-forward take the same hidden state.
         linears: further matrices.
         besides: parameters in no matrix, those of the norms included.
         held_elsewhere: parameters of the parts above that an earlier layer holds.
@@ -215,6 +223,7 @@ class LayerShape:
     feed_forwards: tuple[FeedForward | Experts, ...]
     norm: NormKind = "rms"
     norms: tuple[int, ...] = ()
+    is_parallel: bool = False
     linears: tuple[Linear, ...] = ()
     besides: int = 0
     held_elsewhere: int = 0

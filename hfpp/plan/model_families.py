@@ -32,6 +32,7 @@ class Family:
     """How one model type's layers are built.
 
     Attributes:
+        is_multi_head: whether every head has keys and values of its own, whatever the config says.
         norm: the kind of norm.
         norm_bias: whether its norms have biases.
         layer_norms: norms as wide as the hidden state, in each layer.
@@ -70,6 +71,9 @@ class Family:
         linear_heads: of recurrences.
         parallel: whether attention and recurrence stand side by side in every layer.
         single: whether each layer is either a mixer or a feed-forward.
+        fused: whether one matrix makes queries, keys and values, rotated afterwards.
+        parallel_residual: whether attention and feed-forward take the same hidden state.
+        plain_softmax: whether attention's softmax computes in the model's dtype.
         window_pattern: every which layer sees everything, where no list tells.
         nested: sub-configs whose entries count as the config's own.
         defaults: values of keys that a config may lack.
@@ -77,6 +81,7 @@ class Family:
         refuse: keys that must not be set (to something else than null, false or zero).
     """
 
+    is_multi_head: bool = False
     norm: NormKind = "rms"
     norm_bias: bool = False
     layer_norms: Count = 2
@@ -112,6 +117,9 @@ class Family:
     recurrence: str = "mamba2"
     parallel: bool = False
     single: bool = False
+    fused: bool = False
+    parallel_residual: Rule = False
+    plain_softmax: bool = False
     window_pattern: int = 0
     nested: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -126,7 +134,7 @@ _ALL_BIASES = replace(
     _LAYER_NORM, qkv_bias=True, out_bias=True, mlp_bias=True, gated=False, is_four_wide=True
 )
 _QWEN3 = Family(qk_norm="head")
-_GEMMA = Family(norm="gemma", tied=True)
+_GEMMA = Family(norm="rms32", tied=True)
 _GEMMA2 = replace(_GEMMA, layer_norms=4, window_pattern=2)
 _COHERE = replace(
     _PLAIN_LAYER_NORM,
@@ -139,23 +147,19 @@ _COHERE = replace(
     ),
 )
 _COHERE2 = replace(_PLAIN_LAYER_NORM, layer_norms=1, tied=True, window_pattern=4)
-_OLMO2 = Family(qk_norm="width")
+_OLMO2 = Family(norm="rms32", qk_norm="width")
 _MAMBA = Family(layer_norms=1, recurrence="mamba", single=True, tied=True)
 _DELTA = Family(
     recurrence="delta",
     qk_norm="head",
     attention_gate="width",
     attention_gate_bias="attention_bias",
-    norm="gemma",
+    norm="rms32",
 )
 
 
 def _hidden(config: ModelConfig) -> int:
     return config.integer("hidden_size", "n_embd", "d_model")
-
-
-def _gpt2_change(_: ModelConfig) -> Mapping[str, Any]:
-    return {"num_key_value_heads": None}
 
 
 def _bigcode_change(config: ModelConfig) -> Mapping[str, Any]:
@@ -188,7 +192,7 @@ def _gpt_neo_change(config: ModelConfig) -> Mapping[str, Any]:
 
 def _mpt_change(config: ModelConfig) -> Mapping[str, Any]:
     ratio = config.optional("expansion_ratio") or 4
-    return {"intermediate_size": ratio * _hidden(config), "num_key_value_heads": None}
+    return {"intermediate_size": ratio * _hidden(config)}
 
 
 def _lfm2_change(config: ModelConfig) -> Mapping[str, Any]:
@@ -314,19 +318,31 @@ FAMILIES: Mapping[str, Family] = {
         attention_gate="width",
         attention_besides=lambda _c, heads, _k, _d: heads,
     ),
-    "biogpt": replace(_ALL_BIASES, tied=True, positions=("max_position_embeddings", 2)),
+    "biogpt": replace(
+        _ALL_BIASES, is_multi_head=True, tied=True, positions=("max_position_embeddings", 2)
+    ),
     "bitnet": replace(
         _LLAMA, attention_besides=lambda c, _h, _k, _d: _hidden(c), mlp_besides=lambda width: width
     ),
-    "bloom": replace(_ALL_BIASES, tied=True, embedding_norm=True),
-    "codegen": replace(_ALL_BIASES, layer_norms=1, qkv_bias=False, out_bias=False, head_bias=True),
+    "bloom": replace(_ALL_BIASES, is_multi_head=True, tied=True, embedding_norm=True),
+    "codegen": replace(
+        _ALL_BIASES,
+        is_multi_head=True,
+        fused=True,
+        layer_norms=1,
+        qkv_bias=False,
+        out_bias=False,
+        head_bias=True,
+    ),
     "cohere": _COHERE,
     "cohere2": _COHERE2,
     "cohere2_moe": replace(_COHERE2, refuse=("first_k_dense_replace",)),
     "cohere_compass_text": _COHERE2,
-    "ctrl": replace(_ALL_BIASES, tied=True, head_bias=True),
+    "ctrl": replace(_ALL_BIASES, is_multi_head=True, tied=True, head_bias=True),
     "cwm": _LLAMA,
-    "dbrx": replace(_PLAIN_LAYER_NORM, nested=("attn_config", "ffn_config"), qkv_bias=False),
+    "dbrx": replace(
+        _PLAIN_LAYER_NORM, fused=True, nested=("attn_config", "ffn_config"), qkv_bias=False
+    ),
     "deepseek_v2": _LLAMA,
     "deepseek_v3": _LLAMA,
     "deepseek_v32": replace(_LLAMA, mlp_bias=False),
@@ -358,6 +374,7 @@ FAMILIES: Mapping[str, Family] = {
     "exaone_moe": _QWEN3,
     "falcon": replace(
         _LAYER_NORM,
+        fused=True,
         layer_norms=_falcon_norms,
         qkv_bias="bias",
         out_bias="bias",
@@ -396,10 +413,11 @@ FAMILIES: Mapping[str, Family] = {
     "glm_moe_dsa": replace(_LLAMA, mlp_bias=False),
     "gpt2": replace(
         _ALL_BIASES,
+        is_multi_head=True,
+        plain_softmax=True,
         refuse=("add_cross_attention",),
         tied=True,
         positions=("n_positions", 0),
-        change=_gpt2_change,
     ),
     "gpt_bigcode": replace(
         _ALL_BIASES,
@@ -410,6 +428,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gpt_neo": replace(
         _ALL_BIASES,
+        is_multi_head=True,
         qkv_bias=False,
         tied=True,
         positions=("max_position_embeddings", 0),
@@ -417,11 +436,16 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gpt_neox": replace(
         _ALL_BIASES,
+        is_multi_head=True,
+        parallel_residual=lambda c: c.flag("use_parallel_residual", default=True),
+        fused=True,
         qkv_bias=lambda c: c.flag("attention_bias", default=True),
         out_bias=lambda c: c.flag("attention_bias", default=True),
     ),
     "gpt_neox_japanese": replace(
         _LAYER_NORM,
+        is_multi_head=True,
+        fused=True,
         qkv_bias=False,
         out_bias=False,
         gated=False,
@@ -430,7 +454,14 @@ FAMILIES: Mapping[str, Family] = {
         change=_japanese_change,
     ),
     "gpt_oss": replace(_LLAMA, sinks=True, router_bias=True, expert_bias=True, window_pattern=2),
-    "gptj": replace(_ALL_BIASES, layer_norms=1, qkv_bias=False, out_bias=False, head_bias=True),
+    "gptj": replace(
+        _ALL_BIASES,
+        is_multi_head=True,
+        layer_norms=1,
+        qkv_bias=False,
+        out_bias=False,
+        head_bias=True,
+    ),
     "granite": _LLAMA,
     "granite_swa": replace(_LLAMA, tied=True, sinks=True),
     "granitemoe": _LLAMA,
@@ -468,13 +499,15 @@ FAMILIES: Mapping[str, Family] = {
     "minimax": replace(_LLAMA, recurrence="lightning"),
     "minimax_m2": replace(_OLMO2, qkv_bias=False, out_bias=False),
     "minimax_m3_vl_text": replace(
-        _QWEN3, norm="gemma", qkv_bias=False, out_bias=False, change=_minimax_m3_change
+        _QWEN3, norm="rms32", qkv_bias=False, out_bias=False, change=_minimax_m3_change
     ),
     "ministral": _LLAMA,
     "ministral3": _LLAMA,
     "mistral": _LLAMA,
     "mixtral": _LLAMA,
-    "mpt": replace(_PLAIN_LAYER_NORM, gated=False, tied=True, change=_mpt_change),
+    "mpt": replace(
+        _PLAIN_LAYER_NORM, is_multi_head=True, gated=False, tied=True, change=_mpt_change
+    ),
     "nanochat": replace(_LLAMA, norm="plain", gated=False),
     "nemotron": replace(_LAYER_NORM, gated=False),
     "nemotron_h": replace(
@@ -487,13 +520,14 @@ FAMILIES: Mapping[str, Family] = {
     "olmoe": _OLMO2,
     "openai-gpt": replace(
         _ALL_BIASES,
+        is_multi_head=True,
         tied=True,
         final_norm=False,
         positions=("n_positions", 0),
-        change=_gpt2_change,
     ),
     "opt": replace(
         _ALL_BIASES,
+        is_multi_head=True,
         tied=True,
         positions=("max_position_embeddings", 2),
         qkv_bias=lambda c: c.flag("enable_bias", default=True),
@@ -507,6 +541,8 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "persimmon": replace(
         _ALL_BIASES,
+        is_multi_head=True,
+        fused=True,
         qk_norm="head",
         qk_norm_if=lambda c: c.flag("qk_layernorm", default=True),
         qk_norm_bias=True,
@@ -519,7 +555,7 @@ FAMILIES: Mapping[str, Family] = {
         qk_norm_if="qk_layernorm",
         qk_norm_bias=True,
     ),
-    "phi3": replace(_LLAMA, qkv_bias=False, out_bias=False),
+    "phi3": replace(_LLAMA, fused=True, qkv_bias=False, out_bias=False),
     "phimoe": replace(_LAYER_NORM, head_bias="lm_head_bias"),
     "qwen2": replace(_LLAMA, qkv_bias=True, out_bias=False),
     "qwen2_moe": replace(
@@ -559,7 +595,7 @@ FAMILIES: Mapping[str, Family] = {
         tied=True,
     ),
     "vaultgemma": replace(_GEMMA, window_pattern=2),
-    "xglm": replace(_ALL_BIASES, tied=True, refuse=("add_cross_attention",)),
+    "xglm": replace(_ALL_BIASES, is_multi_head=True, tied=True, refuse=("add_cross_attention",)),
     "youtu": replace(_LLAMA, tied=True),
     "zamba": replace(
         _LLAMA,

@@ -42,6 +42,7 @@ class ModelShape:
         is_tied: whether the head's matrix is the embedding's.
         norm: the kind of the final norm.
         has_final_norm: whether there is one.
+        has_logit_softcap: whether the logits are capped.
         dtype: torch's name of the dtype that the config gives; None where it gives none.
         is_known: whether its model_type is known, so that the count is exact; otherwise it is what
             the usual keys say.
@@ -57,6 +58,7 @@ class ModelShape:
     is_tied: bool
     norm: NormKind = "rms"
     has_final_norm: bool = True
+    has_logit_softcap: bool = False
     dtype: str | None = None
     is_known: bool = True
     not_counted: tuple[str, ...] = ()
@@ -150,6 +152,7 @@ def _read(cls: type[ModelShape], config: ModelConfig) -> ModelShape:
         is_tied=tied,
         norm=family.norm,
         has_final_norm=final,
+        has_logit_softcap=config.has("final_logit_softcapping", "logits_soft_cap"),
         dtype=dtype if isinstance(dtype, str) and dtype in _DTYPES else None,
         is_known=is_known,
         not_counted=encoders,
