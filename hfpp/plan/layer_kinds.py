@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from hfpp.plan.model_config import MOST_LAYERS, ModelConfig
 
 if TYPE_CHECKING:
-    from hfpp.plan.model_families import Family
+    from hfpp.plan.family import Family
 
 __all__ = ["EXPERT_KEYS", "LayerKind", "layer_kinds"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hfpp.plan.family import Family, count_of, holds
 from hfpp.plan.layer_kinds import EXPERT_KEYS, LayerKind
 from hfpp.plan.layer_shape import (
     Attention,
@@ -14,7 +15,6 @@ from hfpp.plan.layer_shape import (
     Mixer,
     NormKind,
 )
-from hfpp.plan.model_families import Count, Family, holds
 from hfpp.plan.recurrence_reading import read_recurrence
 from hfpp.plan.shared_block_reading import read_shared_block
 
@@ -51,11 +51,6 @@ def norm_parameters(kind: NormKind, width: int, *, bias: bool) -> int:
     if kind == "plain":
         return 0
     return 2 * width if bias else width
-
-
-def count_of(count: Count, config: ModelConfig) -> int:
-    """A count that may depend on the config."""
-    return count if isinstance(count, int) else count(config)
 
 
 def read_layer(config: ModelConfig, family: Family, kind: LayerKind) -> LayerShape:

@@ -9,11 +9,12 @@ from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from hfpp.plan.family import Family, count_of, holds
 from hfpp.plan.layer_kinds import LayerKind, layer_kinds
-from hfpp.plan.layer_reading import HIDDEN_KEYS, count_of, norm_parameters, read_layer
+from hfpp.plan.layer_reading import HIDDEN_KEYS, norm_parameters, read_layer
 from hfpp.plan.model_config import ModelConfig, read_config
-from hfpp.plan.model_families import UNCOUNTED, Family, family_of, holds
 from hfpp.plan.model_needs import check_needs
+from hfpp.plan.uncounted import UNCOUNTED, family_of
 
 if TYPE_CHECKING:
     from hfpp.plan.layer_shape import LayerShape, NormKind

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hfpp.plan.family import Family, holds
 from hfpp.plan.layer_shape import Attention, FeedForward, LayerShape, Linear
-from hfpp.plan.model_families import Family, holds
 from hfpp.plan.recurrence_reading import read_recurrence
 
 if TYPE_CHECKING:
