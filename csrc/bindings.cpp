@@ -15,7 +15,6 @@
 #include <vector>
 
 #include "partition.hpp"
-#include "placement.hpp"
 #include "shapes.hpp"
 
 #ifndef HFPP_VERSION
@@ -63,6 +62,15 @@ std::int64_t integer(py::handle value, const char* name) {
   return result;
 }
 
+Placement placement(py::handle style) {
+  if (PyUnicode_Check(style.ptr())) {
+    if (PyUnicode_CompareWithASCIIString(style.ptr(), "loop") == 0) return Placement::Loop;
+    if (PyUnicode_CompareWithASCIIString(style.ptr(), "v") == 0) return Placement::V;
+  }
+  throw ConfigError("style (" + text_of(style) +
+                    ") must be 'loop' or 'v': use style='loop' or style='v'.");
+}
+
 }  // namespace hfpp::python
 
 namespace py = pybind11;
@@ -72,6 +80,7 @@ namespace {
 using hfpp::ConfigError;
 using hfpp::Table;
 using hfpp::python::integer;
+using hfpp::python::placement;
 using hfpp::python::require_objects;
 using hfpp::python::text_of;
 
@@ -89,15 +98,6 @@ std::int64_t checked_integer(const std::string& name, py::handle value, py::hand
                       " or less.");
   }
   return result;
-}
-
-hfpp::Placement placement(py::handle style) {
-  if (PyUnicode_Check(style.ptr())) {
-    if (PyUnicode_CompareWithASCIIString(style.ptr(), "loop") == 0) return hfpp::Placement::Loop;
-    if (PyUnicode_CompareWithASCIIString(style.ptr(), "v") == 0) return hfpp::Placement::V;
-  }
-  throw ConfigError("style (" + text_of(style) +
-                    ") must be 'loop' or 'v': use style='loop' or style='v'.");
 }
 
 // A dtype by its code or by torch's name for it.
@@ -442,4 +442,5 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used(),
 
   hfpp::python::bind_schedule(m);
   hfpp::python::bind_verify(m);
+  hfpp::python::bind_balance(m);
 }

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <string>
 
+#include "placement.hpp"
+
 namespace hfpp::python {
 
 namespace py = pybind11;
@@ -19,6 +21,10 @@ std::string text_of(py::handle value);
 // An integer argument: anything with __index__ but no bool, within 64 bits.
 std::int64_t integer(py::handle value, const char* name);
 
+// "loop" or "v".
+Placement placement(py::handle style);
+
+void bind_balance(py::module_& m);
 void bind_schedule(py::module_& m);
 void bind_verify(py::module_& m);
 

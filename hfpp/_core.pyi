@@ -106,3 +106,15 @@ class Schedule:
     def placement(self) -> str: ...
 
 def verify(schedule: Schedule, *, activation_limit: SupportsIndex | None = None) -> Table: ...
+
+def balance(
+    pp_size: SupportsIndex,
+    num_stages: SupportsIndex,
+    style: str,
+    *,
+    seconds: Sequence[float],
+    static_bytes: Sequence[SupportsIndex] = (),
+    activation_bytes: Sequence[SupportsIndex] = (),
+    live: Sequence[SupportsIndex] = (),
+    cap: SupportsIndex | None = None,
+) -> tuple[Table, float, float, bool]: ...
