@@ -2,8 +2,11 @@
 #include <algorithm>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "bindings.hpp"
+#include "lowering.hpp"
+#include "orders.hpp"
 #include "schedule.hpp"
 #include "table.hpp"
 #include "verify.hpp"
@@ -36,13 +39,53 @@ void require_rank(const Schedule& schedule, std::int64_t rank) {
                         std::to_string(schedule.pp_size()) + ").");
 }
 
-Table codes(const Schedule& schedule, py::handle rank_argument) {
-  const std::int64_t rank = integer(rank_argument, "rank");
-  require_rank(schedule, rank);
+Table codes_of_row(const Schedule& schedule, std::int64_t rank) {
   Table table = Table::make<std::int64_t>({schedule.size(rank)}, "the actions of a rank");
   std::transform(schedule.begin(rank), schedule.end(rank), table.data<std::int64_t>(),
                  [](Action action) { return action.code(); });
   return table;
+}
+
+Table codes(const Schedule& schedule, py::handle rank_argument) {
+  const std::int64_t rank = integer(rank_argument, "rank");
+  require_rank(schedule, rank);
+  return codes_of_row(schedule, rank);
+}
+
+Order order_of(const std::string& name, py::handle pp_size, py::handle stages_per_rank,
+               py::handle n_microbatches) {
+  return {name, integer(pp_size, "pp_size"), integer(stages_per_rank, "stages_per_rank"),
+          integer(n_microbatches, "n_microbatches")};
+}
+
+Schedule of_order(const std::string& name, py::handle pp_size, py::handle stages_per_rank,
+                  py::handle n_microbatches) {
+  const Order order = order_of(name, pp_size, stages_per_rank, n_microbatches);
+  const py::gil_scoped_release release;
+  return order.all_ranks();
+}
+
+Table codes_of_order(const std::string& name, py::handle rank_argument, py::handle pp_size,
+                     py::handle stages_per_rank, py::handle n_microbatches) {
+  const Order order = order_of(name, pp_size, stages_per_rank, n_microbatches);
+  const std::int64_t rank = integer(rank_argument, "rank");
+  const py::gil_scoped_release release;
+  return codes_of_row(order.one_rank(rank), 0);
+}
+
+Schedule forward_only_of(const py::sequence& stage_to_rank, py::handle n_microbatches_argument) {
+  std::vector<std::int64_t> ranks;
+  for (const py::handle rank : stage_to_rank) ranks.push_back(integer(rank, "stage_to_rank"));
+  const std::int64_t n_microbatches = integer(n_microbatches_argument, "n_microbatches");
+  const py::gil_scoped_release release;
+  return forward_only(ranks, n_microbatches);
+}
+
+Schedule lowered_by(const Schedule& schedule, bool communication, bool unshard, bool reduce_grad,
+                    bool wait_send, bool wait_reduce_grad, bool ordered_reshard) {
+  const py::gil_scoped_release release;
+  return lowered(schedule, {communication, unshard, reduce_grad, wait_send, wait_reduce_grad,
+                            ordered_reshard});
 }
 
 Table stage_to_rank(const Schedule& schedule) {
@@ -66,6 +109,19 @@ void bind_schedule(py::module_& m) {
                        "The actions of all ranks of a pipeline, packed; never changed once made.")
       .def_static("of_codes", &of_codes, py::arg("name"), py::arg("rows"),
                   "A schedule from rows of packed actions.")
+      .def_static("of_order", &of_order, py::kw_only(), py::arg("name"), py::arg("pp_size"),
+                  py::arg("stages_per_rank"), py::arg("n_microbatches"),
+                  "The computations of all ranks in the order of a named schedule.")
+      .def_static("codes_of_order", &codes_of_order, py::kw_only(), py::arg("name"),
+                  py::arg("rank"), py::arg("pp_size"), py::arg("stages_per_rank"),
+                  py::arg("n_microbatches"),
+                  "int64 [actions]: one rank's row of `of_order`, made without the others.")
+      .def_static("forward_only", &forward_only_of, py::arg("stage_to_rank"),
+                  py::arg("n_microbatches"), "Forwards of stages in any placement.")
+      .def("lowered", &lowered_by, py::kw_only(), py::arg("communication") = true,
+           py::arg("unshard") = true, py::arg("reduce_grad") = true, py::arg("wait_send") = false,
+           py::arg("wait_reduce_grad") = false, py::arg("ordered_reshard") = false,
+           "With all that torch runs besides computations.")
       .def_property_readonly("name", &Schedule::name, "How messages call the schedule.")
       .def_property_readonly("pp_size", &Schedule::pp_size, "The number of ranks.")
       .def_property_readonly("num_stages", &Schedule::num_stages,

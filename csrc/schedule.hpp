@@ -72,6 +72,14 @@ class Action {
   std::int64_t code_ = 0;
 };
 
+// One past the group (or the single action) that begins at `first`, in a row that ends at `end`.
+inline const Action* group_end(const Action* first, const Action* end) {
+  do {
+    ++first;
+  } while (first != end && first->joined());
+  return first;
+}
+
 // "3F0", "1UNSHARD".
 std::string text_of(Action action);
 

@@ -87,6 +87,37 @@ class Schedule:
     def __init__(self, *args: Never, **kwargs: Never) -> None: ...  # made by the core only
     @staticmethod
     def of_codes(name: str, rows: Sequence[Iterable[SupportsIndex]]) -> Schedule: ...
+    @staticmethod
+    def of_order(
+        *,
+        name: str,
+        pp_size: SupportsIndex,
+        stages_per_rank: SupportsIndex,
+        n_microbatches: SupportsIndex,
+    ) -> Schedule: ...
+    @staticmethod
+    def codes_of_order(
+        *,
+        name: str,
+        rank: SupportsIndex,
+        pp_size: SupportsIndex,
+        stages_per_rank: SupportsIndex,
+        n_microbatches: SupportsIndex,
+    ) -> Table: ...
+    @staticmethod
+    def forward_only(
+        stage_to_rank: Sequence[SupportsIndex], n_microbatches: SupportsIndex
+    ) -> Schedule: ...
+    def lowered(
+        self,
+        *,
+        communication: bool = True,
+        unshard: bool = True,
+        reduce_grad: bool = True,
+        wait_send: bool = False,
+        wait_reduce_grad: bool = False,
+        ordered_reshard: bool = False,
+    ) -> Schedule: ...
     @property
     def name(self) -> str: ...
     @property

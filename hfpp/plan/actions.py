@@ -14,7 +14,7 @@ from hfpp.plan.placement import Placement
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["Action", "ActionKind", "ScheduleTable", "Step", "parse_action"]
+__all__ = ["Action", "ActionKind", "ScheduleTable", "Step", "parse_action", "unpacked"]
 
 
 class ActionKind(StrEnum):
@@ -171,8 +171,8 @@ _MOST = (1 << _BITS) - 1
 _JOINED = 1 << (2 * _BITS + 6)
 
 
-def _unpacked(codes: Iterable[int]) -> Iterator[Action | None]:
-    """The actions of one row, the parts of overlapped groups put together."""
+def unpacked(codes: Iterable[int]) -> Iterator[Action | None]:
+    """The actions of one row, overlapped groups put together; None is an idle column."""
     group: list[Action] = []
     for code in codes:
         kind = _BY_CODE[code >> 2 * _BITS & 63]
@@ -263,7 +263,7 @@ class ScheduleTable:
 
     def row(self, rank: int) -> tuple[Action | None, ...]:
         """The actions of one rank; None is an idle column."""
-        return tuple(_unpacked(memoryview(self.native.codes(rank))))
+        return tuple(unpacked(memoryview(self.native.codes(rank))))
 
     def steps(self, rank: int) -> Iterator[Step]:
         """The actions of one rank with their places, idle columns left out."""

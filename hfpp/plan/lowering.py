@@ -1,72 +1,61 @@
-"""From compute actions to a table with sends and receives."""
+"""From computations to all that torch runs: parameters gathered, messages, reduced gradients."""
 
 from __future__ import annotations
 
-from hfpp.errors import PipelineConfigError
-from hfpp.plan.actions import Action, ActionKind, ScheduleTable
-from hfpp.plan.dataflow import Result, gives, needs
+from hfpp.plan.actions import ScheduleTable
 
-__all__ = ["add_communication"]
+__all__ = ["lower"]
 
 
-def add_communication(table: ScheduleTable) -> ScheduleTable:
-    """Adds a send after each result that another rank needs, and the receive on that rank.
+def lower(
+    table: ScheduleTable,
+    *,
+    communication: bool = True,
+    unshard: bool = True,
+    reduce_grad: bool = True,
+    wait_send: bool = False,
+    wait_reduce_grad: bool = False,
+    ordered_reshard: bool = False,
+) -> ScheduleTable:
+    """Adds what torch's own passes add, action for action, in time proportional to the table.
 
-    The ranks are walked together, one action each per round. A receive is placed on its rank when
-    its send is placed: so the two ranks of every pair post their messages in the same order,
-    which is what NCCL needs not to deadlock.
+    The defaults are torch 2.11 to 2.14; torch 2.15 also has the last three.
 
     Args:
-        table: compute actions only; idle columns are dropped.
+        table: computations only, unless nothing but waits for sends is added; idle columns are
+            dropped.
+        communication: a send after each result that another rank needs, and the receive on that
+            rank. The two ranks of every pair post their messages in the same order, which is what
+            NCCL needs not to deadlock.
+        unshard: the parameters of the next three stages that compute are gathered, those of other
+            stages given back: what FSDP needs.
+        reduce_grad: gradients are reduced after a stage's last.
+        wait_send: one wait for each send, after the backward that shows that the other rank has
+            it, or at the end.
+        wait_reduce_grad: a wait right after each reduction.
+        ordered_reshard: stages give their parameters back in the order in which they got them;
+            else in the order in which a Python set has their numbers, as torch did before 2.15.
+
+    Returns:
+        The table of the same name with all of that.
 
     Raises:
-        PipelineConfigError: the table deadlocks or already has communication.
+        PipelineConfigError: the table deadlocks (the message names rank, column and action), is
+            incomplete, or has communication already.
+
+    Example:
+        >>> from hfpp.plan.schedule import compute_table, find_schedule
+        >>> table = compute_table(find_schedule("GPipe"), pp_size=2, n_microbatches=1)
+        >>> [str(action) for action in lower(table, unshard=False).row(0)]
+        ['0F0', '0SEND_F0', '0RECV_B0', '0B0', '0REDUCE_GRAD']
     """
-    if table.has_communication:
-        raise PipelineConfigError(f"{table.name}: the table has communication already")
-    todo = [[step.action for step in table.steps(rank)] for rank in range(table.pp_size)]
-    position = [0] * table.pp_size
-    rows: list[list[Action]] = [[] for _ in todo]
-    at_hand: list[set[Result]] = [set() for _ in todo]
-
-    def ready(rank: int, leaf: Action) -> bool:
-        need = needs(table, leaf)
-        return need is None or need in at_hand[rank]
-
-    def hand_on(rank: int, leaf: Action) -> None:
-        """Brings the leaf's result to the neighbouring stage, on this rank or by a message."""
-        if (result := gives(leaf)) is None:
-            return
-        forward = leaf.kind is ActionKind.FORWARD
-        target = leaf.stage + 1 if forward else leaf.stage - 1
-        if not 0 <= target < table.num_stages:
-            return
-        peer = table.stage_to_rank[target]
-        if peer != rank:
-            send = ActionKind.SEND_FORWARD if forward else ActionKind.SEND_BACKWARD
-            receive = ActionKind.RECEIVE_FORWARD if forward else ActionKind.RECEIVE_BACKWARD
-            rows[rank].append(Action(leaf.stage, send, leaf.microbatch))
-            rows[peer].append(Action(target, receive, leaf.microbatch))
-        at_hand[peer].add(result)
-
-    moving = True
-    while moving:
-        moving = False
-        for rank, actions in enumerate(todo):
-            if position[rank] == len(actions):
-                continue
-            action = actions[position[rank]]
-            if not all(ready(rank, leaf) for leaf in action.leaves):
-                continue
-            rows[rank].append(action)
-            for leaf in action.leaves:
-                hand_on(rank, leaf)
-            position[rank] += 1
-            moving = True
-    for rank, actions in enumerate(todo):
-        if position[rank] < len(actions):
-            raise PipelineConfigError(
-                f"{table.name}: the schedule deadlocks: rank {rank} never gets the input of "
-                f"{actions[position[rank]]}"
-            )
-    return ScheduleTable.from_rows(table.name, tuple(map(tuple, rows)))
+    return ScheduleTable(
+        table.native.lowered(
+            communication=communication,
+            unshard=unshard,
+            reduce_grad=reduce_grad,
+            wait_send=wait_send,
+            wait_reduce_grad=wait_reduce_grad,
+            ordered_reshard=ordered_reshard,
+        )
+    )

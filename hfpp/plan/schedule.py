@@ -8,15 +8,15 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from hfpp import _core
 from hfpp.errors import PipelineConfigError
-from hfpp.plan.actions import Action, ActionKind, ScheduleTable, parse_action
+from hfpp.plan.actions import Action, ActionKind, ScheduleTable, parse_action, unpacked
 from hfpp.plan.placement import Placement
 from hfpp.plan.schedule_csv import read_csv, write_csv
-from hfpp.plan.schedule_orders import rank_actions
 from hfpp.plan.verify import verify
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = [
     "SCHEDULES",
@@ -27,7 +27,9 @@ __all__ = [
     "check_microbatches",
     "compute_table",
     "find_schedule",
+    "forward_table",
     "parse_action",
+    "rank_actions",
     "read_csv",
     "verify",
     "write_csv",
@@ -216,6 +218,57 @@ def compute_table(
         >>> [str(action) for action in table.rows[0]]
         ['0F0', '0F1', '0B0', '0B1']
     """
+    per_rank = _checked_stages_per_rank(spec, pp_size, n_microbatches, stages_per_rank)
+    return ScheduleTable(
+        _core.Schedule.of_order(
+            name=spec.name,
+            pp_size=pp_size,
+            stages_per_rank=per_rank,
+            n_microbatches=n_microbatches,
+        )
+    )
+
+
+def rank_actions(
+    spec: ScheduleSpec,
+    rank: int,
+    *,
+    pp_size: int,
+    n_microbatches: int,
+    stages_per_rank: int | None = None,
+) -> tuple[Action, ...]:
+    """One rank's row of `compute_table`, in time proportional to its own actions.
+
+    Args:
+        spec: as there.
+        rank: in the range of `pp_size`.
+        pp_size: as there.
+        n_microbatches: as there.
+        stages_per_rank: as there.
+
+    Raises:
+        PipelineConfigError: sizes that the schedule cannot have, or a rank out of range.
+
+    Example:
+        >>> actions = rank_actions(find_schedule("GPipe"), 9_999, pp_size=10_000, n_microbatches=2)
+        >>> [str(action) for action in actions]
+        ['9999F0', '9999F1', '9999B0', '9999B1']
+    """
+    per_rank = _checked_stages_per_rank(spec, pp_size, n_microbatches, stages_per_rank)
+    codes = _core.Schedule.codes_of_order(
+        name=spec.name,
+        rank=rank,
+        pp_size=pp_size,
+        stages_per_rank=per_rank,
+        n_microbatches=n_microbatches,
+    )
+    return tuple(action for action in unpacked(codes.row()) if action is not None)
+
+
+def _checked_stages_per_rank(
+    spec: ScheduleSpec, pp_size: int, n_microbatches: int, stages_per_rank: int | None
+) -> int:
+    """The stages per rank that are meant, where the schedule can have all of these sizes."""
     per_rank = stages_per_rank if stages_per_rank is not None else spec.stages_per_rank or 2
     if pp_size < 1:
         raise PipelineConfigError(f"pp_size ({pp_size}) must be at least 1: use pp_size=1")
@@ -228,14 +281,24 @@ def compute_table(
     check_microbatches(
         spec, pp_size=pp_size, num_stages=pp_size * per_rank, n_microbatches=n_microbatches
     )
-    rows = (
-        rank_actions(
-            spec.name,
-            rank=rank,
-            pp_size=pp_size,
-            stages_per_rank=per_rank,
-            n_microbatches=n_microbatches,
-        )
-        for rank in range(pp_size)
-    )
-    return ScheduleTable.from_rows(spec.name, tuple(map(tuple, rows)))
+    return per_rank
+
+
+def forward_table(stage_to_rank: Sequence[int], n_microbatches: int) -> ScheduleTable:
+    """Forwards only, of stages in any placement: what an evaluation runs.
+
+    Every rank has its stages in their order, all microbatches of one before the next: an order of
+    which all ranks see their part cannot deadlock.
+
+    Args:
+        stage_to_rank: the rank of every stage.
+        n_microbatches: microbatches per batch.
+
+    Raises:
+        PipelineConfigError: no stage, no microbatch, or a negative rank.
+
+    Example:
+        >>> [str(action) for action in forward_table([0, 1, 0], 2).row(0)]
+        ['0F0', '0F1', '2F0', '2F1']
+    """
+    return ScheduleTable(_core.Schedule.forward_only(stage_to_rank, n_microbatches))

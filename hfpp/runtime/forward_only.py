@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from hfpp.plan.actions import Action, ActionKind, ScheduleTable
-from hfpp.plan.lowering import add_communication
-from hfpp.plan.schedule_orders import forward_only
+from hfpp.plan.actions import Action, ActionKind
+from hfpp.plan.lowering import lower
+from hfpp.plan.schedule import forward_table
 from hfpp.runtime import torch_compat as compat
 
 if TYPE_CHECKING:
@@ -31,12 +31,9 @@ def forward_actions(stage_to_rank: dict[int, int], rank: int, n_microbatches: in
         rank: the rank whose actions are wanted.
         n_microbatches: microbatches per batch.
     """
-    rows = []
-    for row_rank in range(max(stage_to_rank.values()) + 1):
-        stages = [stage for stage, owner in stage_to_rank.items() if owner == row_rank]
-        rows.append(tuple(forward_only(stages, n_microbatches)))
-    table = add_communication(ScheduleTable.from_rows("forward only", tuple(rows)))
-    return [step.action for step in table.steps(rank)]
+    ranks = [stage_to_rank[stage] for stage in range(len(stage_to_rank))]
+    table = lower(forward_table(ranks, n_microbatches), unshard=False, reduce_grad=False)
+    return [action for action in table.row(rank) if action is not None]
 
 
 @torch.no_grad()

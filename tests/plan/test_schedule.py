@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.actions import Action, ActionKind, ScheduleTable, parse_action
-from hfpp.plan.lowering import add_communication
+from hfpp.plan.lowering import lower
 from hfpp.plan.placement import Placement
 from hfpp.plan.schedule import (
     SCHEDULES,
@@ -220,7 +220,7 @@ def test_every_order_is_verified(size: dict[str, Any]) -> None:
 
 @given(sizes())
 def test_communication_is_torchs_and_is_verified(size: dict[str, Any]) -> None:
-    lowered = add_communication(table_of(**size))
+    lowered = lower(table_of(**size), unshard=False, reduce_grad=False)
     verify(lowered)
     if not SCHEDULES[size["name"]].single_stage:
         assert texts(lowered) == torch_communication(**size)
@@ -231,7 +231,9 @@ def test_communication_is_torchs_and_is_verified(size: dict[str, Any]) -> None:
 
 @given(size=sizes(), lowered=st.booleans())
 def test_files_read_back(size: dict[str, Any], lowered: bool, tmp_path_factory: Any) -> None:
-    table = add_communication(table_of(**size)) if lowered else table_of(**size)
+    table = (
+        lower(table_of(**size), unshard=False, reduce_grad=False) if lowered else table_of(**size)
+    )
     path = tmp_path_factory.mktemp("csv") / "schedule.csv"
     write_csv(table, path)
     assert read_csv(path).rows == table.rows
@@ -306,7 +308,9 @@ def test_dropped_doubled_and_moved_actions_are_rejected(
     size: dict[str, Any], lowered: bool, seed: int
 ) -> None:
     chance = random.Random(seed)
-    table = add_communication(table_of(**size)) if lowered else table_of(**size)
+    table = (
+        lower(table_of(**size), unshard=False, reduce_grad=False) if lowered else table_of(**size)
+    )
     rank = chance.randrange(table.pp_size)
 
     rows = rows_of(table)

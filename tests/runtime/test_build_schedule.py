@@ -14,7 +14,7 @@ import torch
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from hfpp.errors import PipelineConfigError
-from hfpp.plan.lowering import add_communication
+from hfpp.plan.lowering import lower
 from hfpp.plan.placement import Placement
 from hfpp.plan.schedule import SCHEDULES, compute_table, write_csv
 from hfpp.runtime.build_schedule import (
@@ -135,7 +135,10 @@ def test_every_schedule_equals_the_unsplit_model(name: str, pp_size: int) -> Non
 @pytest.mark.parametrize(("name", "pp_size"), [("Interleaved1F1B", 4), ("DualPipeV", 2)])
 def test_a_csv_needs_no_name(name: str, pp_size: int, lowered: bool, tmp_path: Path) -> None:
     table = compute_table(SCHEDULES[name], pp_size=pp_size, n_microbatches=N)
-    write_csv(add_communication(table) if lowered else table, tmp_path / "schedule.csv")
+    write_csv(
+        lower(table, unshard=False, reduce_grad=False) if lowered else table,
+        tmp_path / "schedule.csv",
+    )
     counts = run_ranks(_trains, pp_size, args=(name, str(tmp_path / "schedule.csv")))
     assert sum(counts) == PARAMETERS
 

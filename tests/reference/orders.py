@@ -1,4 +1,4 @@
-"""The order of actions of each schedule that torch knows, rank by rank.
+"""The order of actions of each schedule, rank by rank: slow, obvious.
 
 Every function gives one rank's compute actions, the same and in the same order as torch runs them;
 idle time is left out, as it follows from the order and the costs.

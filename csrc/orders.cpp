@@ -1,0 +1,335 @@
+// The order of computations of every schedule, row by row.
+#include "orders.hpp"
+
+#include <algorithm>
+#include <array>
+#include <initializer_list>
+
+#include "table.hpp"
+
+namespace hfpp {
+
+namespace {
+
+constexpr Kind F = Kind::Forward;
+constexpr Kind B = Kind::FullBackward;
+constexpr Kind I = Kind::BackwardInput;
+constexpr Kind W = Kind::BackwardWeight;
+
+// Rows are refused before memory is taken for them, under the limit of every table of the core.
+void reserve(Schedule& schedule, std::int64_t rows, std::int64_t most_in_row) {
+  const std::int64_t actions = checked_multiply(rows, most_in_row, "pp_size * actions of a rank");
+  constexpr std::int64_t kMost = Table::kMaxBytes / static_cast<std::int64_t>(sizeof(Action));
+  if (actions > kMost) {
+    throw std::overflow_error("pp_size * stages_per_rank * n_microbatches: a schedule of " +
+                              std::to_string(actions) + " actions is over the limit of " +
+                              std::to_string(kMost) + ": use smaller sizes.");
+  }
+  schedule.reserve(static_cast<std::size_t>(rows), static_cast<std::size_t>(actions));
+}
+
+void require_index(const char* name, std::int64_t value) {
+  require_at_least(name, value, 1);
+  require_at_most(name, value, Action::kMaxIndex);
+}
+
+// Interleaved schedules go in rounds: some microbatches through every local stage in turn.
+struct Rounds {
+  std::int64_t rank;
+  std::int64_t pp_size;
+  std::int64_t stages_per_rank;
+  std::int64_t per_round;  // microbatches
+
+  Action at(Kind kind, std::int64_t step) const {
+    const std::int64_t turn = step / per_round;
+    const std::int64_t ascending = turn % stages_per_rank;
+    const std::int64_t local = kind == F ? ascending : stages_per_rank - 1 - ascending;
+    const std::int64_t microbatch = turn / stages_per_rank * per_round + step % per_round;
+    return {kind, local * pp_size + rank, microbatch};
+  }
+};
+
+struct Part {
+  Kind kind;
+  std::size_t chunk;  // 0 on the way to the last rank, 1 on the way back
+};
+
+// Appends actions of the two stages of a v, counting microbatches per chunk and kind. A full
+// backward counts with the input backwards.
+class VRow {
+ public:
+  VRow(Schedule& schedule, std::int64_t rank, std::int64_t pp_size, std::int64_t n_microbatches)
+      : schedule_(schedule),
+        stages_{rank, 2 * pp_size - 1 - rank},
+        n_microbatches_(n_microbatches) {}
+
+  // Repeats different parts; microbatches beyond the last are counted and left out.
+  void repeat(std::int64_t times, std::initializer_list<Part> parts) {
+    times = std::max<std::int64_t>(times, 0);
+    std::int64_t least = n_microbatches_;
+    for (const Part part : parts) least = std::min(least, count(part));
+    const std::int64_t written = std::min(times, n_microbatches_ - least);
+    for (std::int64_t i = 0; i < written; ++i) {
+      for (const Part part : parts) {
+        const Action action = next(part);
+        if (action.microbatch() < n_microbatches_) schedule_.add(action);
+      }
+    }
+    for (const Part part : parts) count(part) += times - written;
+  }
+
+  // A forward and a full backward as one.
+  void overlap(std::size_t forward_chunk, std::size_t backward_chunk) {
+    schedule_.add(next({F, forward_chunk}));
+    const Action backward = next({B, backward_chunk});
+    schedule_.add({B, backward.stage(), backward.microbatch(), true});
+  }
+
+  // The input's part of a backward, whose weights' part is put off.
+  void split(std::size_t chunk) {
+    put_off_.push_back(next({I, chunk}));
+    schedule_.add(put_off_.back());
+  }
+  // The weights' part of the earliest backward that lacks it; nothing where none does.
+  void weight() {
+    if (late_ < put_off_.size()) schedule_.add(put_off_[late_++].as(W));
+  }
+  bool has_put_off() const { return late_ < put_off_.size(); }
+
+  std::int64_t& count(Part part) { return counts_[part.chunk][slot(part.kind)]; }
+
+ private:
+  static std::size_t slot(Kind kind) { return kind == F ? 0 : kind == W ? 2 : 1; }
+  Action next(Part part) { return {part.kind, stages_[part.chunk], count(part)++}; }
+
+  Schedule& schedule_;
+  std::array<std::int64_t, 2> stages_;
+  std::int64_t n_microbatches_;
+  std::array<std::array<std::int64_t, 3>, 2> counts_{};
+  std::vector<Action> put_off_;
+  std::size_t late_ = 0;  // how many of these have come
+};
+
+}  // namespace
+
+struct Order::Known {
+  const char* name;
+  std::int64_t stages_per_rank;  // 0: any number
+  std::int64_t kinds;            // actions of a stage for one microbatch, at most
+  Write write;
+};
+
+const Order::Known& Order::find(const std::string& name) {
+  static constexpr std::array<Known, 7> kKnown = {{
+      {"GPipe", 1, 2, &Order::gpipe},
+      {"1F1B", 1, 2, &Order::one_f_one_b},
+      {"Interleaved1F1B", 0, 2, &Order::interleaved_1f1b},
+      {"LoopedBFS", 0, 2, &Order::looped_bfs},
+      {"InterleavedZeroBubble", 0, 3, &Order::interleaved_zero_bubble},
+      {"ZBVZeroBubble", 2, 3, &Order::zbv_zero_bubble},
+      {"DualPipeV", 2, 3, &Order::dual_pipe_v},
+  }};
+  const auto* const found = std::find_if(kKnown.begin(), kKnown.end(),
+                                         [&](const Known& known) { return name == known.name; });
+  if (found == kKnown.end()) throw ConfigError("no schedule is called '" + name + "'.");
+  return *found;
+}
+
+Order::Order(const std::string& name, std::int64_t pp_size, std::int64_t stages_per_rank,
+             std::int64_t n_microbatches)
+    : name_(name),
+      pp_size_(pp_size),
+      stages_per_rank_(stages_per_rank),
+      n_microbatches_(n_microbatches) {
+  const Known& known = find(name);
+  require_index("pp_size", pp_size);
+  require_index("stages_per_rank", stages_per_rank);
+  require_index("n_microbatches", n_microbatches);
+  require_at_most("num_stages", checked_multiply(pp_size, stages_per_rank, "num_stages"),
+                  Action::kMaxIndex);
+  if (known.stages_per_rank != 0 && known.stages_per_rank != stages_per_rank) {
+    throw ConfigError(named("stages_per_rank", stages_per_rank) + " must be " +
+                      std::to_string(known.stages_per_rank) + " for " + name + ".");
+  }
+  most_in_row_ =
+      checked_multiply(checked_multiply(stages_per_rank, n_microbatches, "actions of a rank"),
+                       known.kinds, "actions of a rank");
+  write_ = known.write;
+}
+
+Schedule Order::all_ranks() const {
+  Schedule schedule(name_);
+  reserve(schedule, pp_size_, most_in_row_);
+  for (std::int64_t rank = 0; rank < pp_size_; ++rank) {
+    write_(*this, rank, schedule);
+    schedule.end_row();
+  }
+  return schedule;
+}
+
+Schedule Order::one_rank(std::int64_t rank) const {
+  if (rank < 0 || rank >= pp_size_) {
+    throw ConfigError(named("rank", rank) + " must be in [0, " + named("pp_size", pp_size_) + ").");
+  }
+  Schedule schedule(name_);
+  reserve(schedule, 1, most_in_row_);
+  write_(*this, rank, schedule);
+  schedule.end_row();
+  return schedule;
+}
+
+// All forwards, then all backwards, both in the order of microbatches.
+void Order::gpipe(const Order& order, std::int64_t rank, Schedule& schedule) {
+  for (const Kind kind : {F, B}) {
+    for (std::int64_t m = 0; m < order.n_microbatches_; ++m) schedule.add({kind, rank, m});
+  }
+}
+
+// One forward per stage from here to the end, then one backward per forward.
+void Order::one_f_one_b(const Order& order, std::int64_t rank, Schedule& schedule) {
+  const std::int64_t n = order.n_microbatches_;
+  const std::int64_t warmup = std::min(n, order.pp_size_ - rank);
+  for (std::int64_t m = 0; m < warmup; ++m) schedule.add({F, rank, m});
+  for (std::int64_t m = 0; m < n; ++m) {
+    schedule.add({B, rank, m});
+    if (m + warmup < n) schedule.add({F, rank, m + warmup});
+  }
+}
+
+// All microbatches of a stage before the rank's next stage; backwards in the reverse order.
+void Order::looped_bfs(const Order& order, std::int64_t rank, Schedule& schedule) {
+  const std::int64_t n = order.n_microbatches_;
+  for (std::int64_t local = 0; local < order.stages_per_rank_; ++local) {
+    const std::int64_t stage = local * order.pp_size_ + rank;
+    for (std::int64_t m = 0; m < n; ++m) schedule.add({F, stage, m});
+  }
+  for (std::int64_t local = order.stages_per_rank_ - 1; local >= 0; --local) {
+    const std::int64_t stage = local * order.pp_size_ + rank;
+    for (std::int64_t m = n - 1; m >= 0; --m) schedule.add({B, stage, m});
+  }
+}
+
+// Depth first in rounds of about pp_size microbatches, then one forward, one backward
+// (arXiv 2104.04473).
+void Order::interleaved_1f1b(const Order& order, std::int64_t rank, Schedule& schedule) {
+  const std::int64_t n = order.n_microbatches_;
+  const std::int64_t per_round = n / std::max<std::int64_t>(1, n / order.pp_size_);
+  const Rounds rounds{rank, order.pp_size_, order.stages_per_rank_, per_round};
+  const std::int64_t total = order.stages_per_rank_ * n;
+  const std::int64_t hops = order.pp_size_ - 1 - rank;
+  const std::int64_t warmup = std::min(total, (order.stages_per_rank_ - 1) * per_round + 2 * hops);
+  for (std::int64_t step = 0; step < warmup; ++step) schedule.add(rounds.at(F, step));
+  for (std::int64_t step = 0; step < total; ++step) {
+    if (step + warmup < total) schedule.add(rounds.at(F, step + warmup));
+    schedule.add(rounds.at(B, step));
+  }
+}
+
+// The same with split backwards, where each rank holds back as many weights' gradients as its
+// index, to fill the end of the step (ZB1P, arXiv 2401.10241).
+void Order::interleaved_zero_bubble(const Order& order, std::int64_t rank, Schedule& schedule) {
+  const std::int64_t n = order.n_microbatches_;
+  const std::int64_t per_round = n / std::max<std::int64_t>(1, n / order.pp_size_);
+  const Rounds rounds{rank, order.pp_size_, order.stages_per_rank_, per_round};
+  const std::int64_t total = order.stages_per_rank_ * n;
+  const std::int64_t hops = order.pp_size_ - 1 - rank;
+  const std::int64_t warmup = std::min(total, (order.stages_per_rank_ - 1) * per_round + hops);
+  for (std::int64_t step = 0; step < warmup; ++step) schedule.add(rounds.at(F, step));
+  for (std::int64_t step = 0; step < total; ++step) {
+    if (step + warmup < total) schedule.add(rounds.at(F, step + warmup));
+    schedule.add(rounds.at(I, step));
+    if (step >= rank) schedule.add(rounds.at(W, step - rank));
+  }
+  for (std::int64_t step = std::max<std::int64_t>(0, total - rank); step < total; ++step) {
+    schedule.add(rounds.at(W, step));
+  }
+}
+
+// ZB-V (arXiv 2401.10241, section 6): two stages per rank in a v, every backward split. Laid out
+// for at least 2 * pp_size - 1 microbatches; what is too many is left out.
+void Order::zbv_zero_bubble(const Order& order, std::int64_t rank, Schedule& schedule) {
+  const std::int64_t planned = std::max(2 * order.pp_size_ - 1, order.n_microbatches_);
+  const std::int64_t hops = order.pp_size_ - rank;  // to the last rank, and one
+  VRow row(schedule, rank, order.pp_size_, order.n_microbatches_);
+  row.repeat(2 * hops - 1, {{F, 0}});
+  row.repeat(rank, {{F, 1}, {F, 0}});
+  row.repeat(hops, {{F, 1}, {I, 1}, {W, 1}});
+  row.repeat(planned - row.count({F, 0}), {{F, 0}, {I, 0}, {W, 0}, {F, 1}, {I, 1}, {W, 1}});
+  row.repeat(planned - row.count({F, 1}), {{I, 0}, {W, 0}, {F, 1}, {I, 1}, {W, 1}});
+  row.repeat(rank, {{I, 0}, {I, 1}});
+  row.repeat(hops, {{I, 0}, {W, 0}});
+  row.repeat(row.count({I, 1}) - row.count({W, 1}), {{W, 1}});
+  row.repeat(row.count({I, 0}) - row.count({W, 0}), {{W, 0}});
+}
+
+// DualPipeV: two stages per rank in a v, forwards overlapped with backwards of the other stage.
+void Order::dual_pipe_v(const Order& order, std::int64_t rank, Schedule& schedule) {
+  const std::int64_t hops = order.pp_size_ - 1 - rank;
+  const std::int64_t here = rank + 1;
+  VRow row(schedule, rank, order.pp_size_, order.n_microbatches_);
+  row.repeat(2 * hops, {{F, 0}});
+  row.repeat(here, {{F, 0}, {F, 1}});
+  for (std::int64_t i = 0; i < hops; ++i) {
+    row.split(1);
+    row.weight();
+    row.repeat(1, {{F, 1}});
+  }
+  for (std::int64_t i = 0; i < order.n_microbatches_ - 2 * order.pp_size_ + here; ++i) {
+    if (i == 0 && hops == 0) {  // apart, for a smaller bubble
+      row.repeat(1, {{F, 0}, {B, 1}});
+    } else {
+      row.overlap(0, 1);
+    }
+    row.overlap(1, 0);
+  }
+  for (std::int64_t i = 0; i < hops; ++i) {
+    row.repeat(1, {{B, 1}});
+    row.overlap(1, 0);
+  }
+  // From the middle of this phase on, backwards are split: on odd ranks before chunk 1's, on even
+  // ranks between the two.
+  const std::int64_t middle = 2 * (here / 2) + (rank % 2 == 0 ? 1 : 0);
+  for (std::int64_t i = 0; i < 2 * here; ++i) {
+    const std::size_t chunk = i % 2 == 0 ? 1 : 0;
+    if (i >= middle) {
+      row.split(chunk);
+    } else {
+      row.repeat(1, {{B, chunk}});
+    }
+  }
+  for (std::int64_t i = 0; i < hops; ++i) {
+    row.weight();
+    row.split(0);
+  }
+  while (row.has_put_off()) row.weight();
+}
+
+Schedule forward_only(const std::vector<std::int64_t>& stage_to_rank, std::int64_t n_microbatches) {
+  require_index("n_microbatches", n_microbatches);
+  std::int64_t ranks = 0;
+  for (const std::int64_t rank : stage_to_rank) {
+    require_at_least("rank", rank, 0);
+    ranks = std::max(ranks, rank + 1);
+  }
+  const auto stages = static_cast<std::int64_t>(stage_to_rank.size());
+  require_at_least("num_stages", stages, 1);
+  if (ranks > stages) {
+    throw ConfigError(named("rank", ranks - 1) + ": " + named("num_stages", stages) +
+                      " is too few for a stage on every rank: use a smaller rank.");
+  }
+  Schedule schedule("forward only");
+  reserve(schedule, stages, n_microbatches);
+  std::vector<std::vector<std::int64_t>> rows(static_cast<std::size_t>(ranks));
+  for (std::int64_t stage = 0; stage < stages; ++stage) {
+    rows[static_cast<std::size_t>(stage_to_rank[static_cast<std::size_t>(stage)])].push_back(stage);
+  }
+  for (const std::vector<std::int64_t>& row : rows) {
+    for (const std::int64_t stage : row) {
+      for (std::int64_t m = 0; m < n_microbatches; ++m) schedule.add({F, stage, m});
+    }
+    schedule.end_row();
+  }
+  return schedule;
+}
+
+}  // namespace hfpp
