@@ -443,4 +443,5 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used(),
   hfpp::python::bind_schedule(m);
   hfpp::python::bind_verify(m);
   hfpp::python::bind_balance(m);
+  hfpp::python::bind_files(m);
 }

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "placement.hpp"
+#include "schedule.hpp"
 
 namespace hfpp::python {
 
@@ -24,7 +25,11 @@ std::int64_t integer(py::handle value, const char* name);
 // "loop" or "v".
 Placement placement(py::handle style);
 
+// A rank of the schedule, or IndexError.
+std::int64_t rank_of(const Schedule& schedule, py::handle rank);
+
 void bind_balance(py::module_& m);
+void bind_files(py::module_& m);
 void bind_schedule(py::module_& m);
 void bind_verify(py::module_& m);
 

@@ -33,12 +33,6 @@ Schedule of_codes(std::string name, const py::sequence& rows) {
   return schedule;
 }
 
-void require_rank(const Schedule& schedule, std::int64_t rank) {
-  if (rank >= 0 && rank < schedule.pp_size()) return;
-  throw py::index_error(named("rank", rank) + " must be in [0, " +
-                        std::to_string(schedule.pp_size()) + ").");
-}
-
 Table codes_of_row(const Schedule& schedule, std::int64_t rank) {
   Table table = Table::make<std::int64_t>({schedule.size(rank)}, "the actions of a rank");
   std::transform(schedule.begin(rank), schedule.end(rank), table.data<std::int64_t>(),
@@ -47,9 +41,7 @@ Table codes_of_row(const Schedule& schedule, std::int64_t rank) {
 }
 
 Table codes(const Schedule& schedule, py::handle rank_argument) {
-  const std::int64_t rank = integer(rank_argument, "rank");
-  require_rank(schedule, rank);
-  return codes_of_row(schedule, rank);
+  return codes_of_row(schedule, rank_of(schedule, rank_argument));
 }
 
 Order order_of(const std::string& name, py::handle pp_size, py::handle stages_per_rank,
@@ -104,6 +96,15 @@ const char* placement(const Schedule& schedule) {
 
 }  // namespace
 
+std::int64_t rank_of(const Schedule& schedule, py::handle rank_argument) {
+  const std::int64_t rank = integer(rank_argument, "rank");
+  if (rank < 0 || rank >= schedule.pp_size()) {
+    throw py::index_error(named("rank", rank) + " must be in [0, " +
+                          std::to_string(schedule.pp_size()) + ").");
+  }
+  return rank;
+}
+
 void bind_schedule(py::module_& m) {
   py::class_<Schedule>(m, "Schedule", py::is_final(),
                        "The actions of all ranks of a pipeline, packed; never changed once made.")
@@ -132,6 +133,8 @@ void bind_schedule(py::module_& m) {
       .def_property_readonly("nbytes", &Schedule::bytes, "The bytes of all rows.")
       .def_property_readonly("has_communication", &Schedule::has_communication,
                              "Whether any action is neither a computation nor idle.")
+      .def_property_readonly("kinds", &Schedule::kinds,
+                             "The kinds of actions that occur: bit k is set for number k.")
       .def("codes", &codes, py::arg("rank"), "int64 [actions]: the packed actions of one rank.")
       .def("stage_to_rank", &stage_to_rank, "int32 [num_stages]: the rank of every stage.")
       .def("placement", &placement, "'loop' or 'v': how the stages lie on the ranks.");

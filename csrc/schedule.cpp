@@ -53,10 +53,26 @@ void Schedule::reserve(std::size_t ranks, std::size_t actions) {
   actions_.reserve(actions);
 }
 
+void Schedule::truncate(std::int64_t rows) {
+  offsets_.resize(static_cast<std::size_t>(rows) + 1);
+  actions_.resize(static_cast<std::size_t>(offsets_.back()));
+}
+
+void Schedule::shrink() {
+  offsets_.shrink_to_fit();
+  actions_.shrink_to_fit();
+}
+
 bool Schedule::has_communication() const {
   return std::any_of(actions_.begin(), actions_.end(), [](Action action) {
     return !is_compute(action.kind()) && action.kind() != Kind::Idle;
   });
+}
+
+std::uint32_t Schedule::kinds() const {
+  std::uint32_t kinds = 0;
+  for (const Action action : actions_) kinds |= 1U << static_cast<std::uint8_t>(action.kind());
+  return kinds;
 }
 
 std::vector<std::int32_t> Schedule::stage_to_rank() const {

@@ -99,6 +99,10 @@ class Schedule {
     }
   }
   void end_row() { offsets_.push_back(static_cast<std::int64_t>(actions_.size())); }
+  // Keeps the first `rows` rows, which have all the stages and microbatches.
+  void truncate(std::int64_t rows);
+  void rename(std::string name) { name_ = std::move(name); }
+  void shrink();  // to the memory that the rows need
 
   const std::string& name() const { return name_; }
   std::int64_t pp_size() const { return static_cast<std::int64_t>(offsets_.size()) - 1; }
@@ -118,6 +122,8 @@ class Schedule {
 
   // Whether any action is neither a computation nor idle.
   bool has_communication() const;
+  // The kinds that occur, as bits.
+  std::uint32_t kinds() const;
   // The rank of each stage. Throws where a stage computes on two ranks, or on none.
   std::vector<std::int32_t> stage_to_rank() const;
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -96,12 +95,6 @@ class Action(NamedTuple):
         return f"{self.stage}{self.kind.value}{microbatch}"
 
 
-_SINGLE = re.compile(
-    rf"(\d+)({'|'.join(sorted((kind.value for kind in ActionKind), key=len, reverse=True))})(\d*)"
-)
-_GROUP = re.compile(r"\(([^()]*)\)OVERLAP_F_B")
-
-
 def parse_action(text: str) -> Action | None:
     """Reads one action in torch's spelling: the inverse of ``str(action)``.
 
@@ -112,28 +105,14 @@ def parse_action(text: str) -> Action | None:
         The action; None for an idle column.
 
     Raises:
-        PipelineConfigError: the text is not an action; the message says what is expected.
+        PipelineConfigError: the text is not an action, or its numbers are larger than a table
+            holds; the message says what is expected.
 
     Example:
         >>> str(parse_action("(2F4;5B1)OVERLAP_F_B"))
         '(2F4;5B1)OVERLAP_F_B'
     """
-    text = text.strip()
-    if not text or text == "None":
-        return None
-    if group := _GROUP.fullmatch(text):
-        parts = tuple(part for item in group[1].split(";") if (part := parse_action(item)))
-        if parts and all(part.kind.is_compute for part in parts):
-            return Action(-1, ActionKind.OVERLAP, None, parts)
-    elif single := _SINGLE.fullmatch(text):
-        stage, kind, microbatch = int(single[1]), ActionKind(single[2]), single[3]
-        if kind is not ActionKind.OVERLAP and bool(microbatch) is kind.has_microbatch:
-            return Action(stage, kind, int(microbatch) if microbatch else None)
-    raise PipelineConfigError(
-        f"{text!r} is not a schedule action: expected stage, kind and microbatch such as 3F0 "
-        f"(kinds: {', '.join(kind.value for kind in ActionKind)}; UNSHARD, RESHARD and "
-        "REDUCE_GRAD without a microbatch), a group such as (2F4;5B1)OVERLAP_F_B, or nothing"
-    )
+    return next(_unpacked(memoryview(_core.action_codes(text))))
 
 
 class Step(NamedTuple):
