@@ -306,3 +306,7 @@ class ScheduleTable:
     def has_communication(self) -> bool:
         """Whether sends, receives or other runtime actions are spelled out."""
         return self.native.has_communication
+
+    def has(self, *kinds: ActionKind) -> bool:
+        """Whether any rank has an action of these kinds, alone or in an overlapped group."""
+        return any(self.native.kinds >> _NUMBERS[kind] & 1 for kind in kinds)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from hfpp.errors import PipelineConfigError
+from hfpp.plan.actions import ActionKind
 from hfpp.plan.placement import Placement
 from hfpp.plan.schedule import (
     ScheduleTable,
     check_microbatches,
+    compute_table,
     find_schedule,
     read_csv,
     verify,
@@ -62,20 +65,19 @@ def build_pipeline_schedule(
     auxiliary = AuxiliaryLosses(stages)
     if loss_fn is not None:
         loss_fn = _Loss(loss_fn, n_microbatches if scale_grads else 1, auxiliary)
-    if request.table is not None:
-        name, torch_class = request.table.name, compat.runtime_class()
-    else:
-        assert request.spec is not None
-        name, torch_class = request.spec.name, compat.schedule_class(request.spec.name)
-    single = request.spec is not None and request.spec.single_stage
+    name, single = request.name, compat.takes_one_stage(request.torch_class)
     refuse_wrapping_compilation(stages, name)
-    schedule = controlled(torch_class)(
+    schedule = controlled(request.torch_class)(
         stages[0] if single else stages, n_microbatches, loss_fn=loss_fn, scale_grads=False
     )
     schedule.auxiliary = auxiliary
-    if request.table is not None:
-        compat.load_table(schedule, request.table)
-    splits_backward = compat.splits_backward(schedule)
+    if single:
+        compat.show_order(schedule, stages[0].group_size, request.make_table)
+        splits_backward = False
+    else:
+        table = request.make_table()
+        compat.load_table(schedule, table, request.make_table)
+        splits_backward = table.has(ActionKind.BACKWARD_WEIGHT)
     fit_wrappers(stages, splits_backward=splits_backward)
     if splits_backward:
         spare_late_weights(stages, name)
@@ -134,11 +136,13 @@ def check_pipeline_schedule(
 
 
 class _Request(NamedTuple):
-    """A schedule that can run: by its table or by its name."""
+    """A schedule that can run."""
 
     n_microbatches: int
-    spec: ScheduleSpec | None
-    table: ScheduleTable | None
+    name: str
+    torch_class: type[compat.TorchSchedule]
+    make_table: Callable[[], ScheduleTable]
+    """The compute actions of all ranks, or all that a file has; called more than once."""
 
 
 def _check(
@@ -153,7 +157,7 @@ def _check(
         table = csv if isinstance(csv, ScheduleTable) else read_csv(csv)
         verify(table)
         _check_table(table, stages, n_microbatches)
-        return _Request(n_microbatches, None, table)
+        return _Request(n_microbatches, table.name, compat.runtime_class(), lambda: table)
     if not name:
         raise PipelineConfigError(
             "pipeline_parallel_schedule and pipeline_parallel_schedule_csv are both empty; give "
@@ -170,7 +174,14 @@ def _check(
         n_microbatches=n_microbatches,
         microbatch_size=microbatch_size,
     )
-    return _Request(n_microbatches, spec, None)
+    make_table = partial(
+        compute_table,
+        spec,
+        pp_size=stages[0].group_size,
+        n_microbatches=n_microbatches,
+        stages_per_rank=len(stages),
+    )
+    return _Request(n_microbatches, spec.name, compat.schedule_class(spec.name), make_table)
 
 
 def _check_count(spec: ScheduleSpec, count: int) -> None:

@@ -15,10 +15,11 @@ Everything is found by what is there, not by version numbers. What differs betwe
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -28,6 +29,8 @@ from torch.distributed.pipelining import schedules as _schedules
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from hfpp.plan.actions import Action, ActionKind, ScheduleTable
+from hfpp.plan.lowering import lower
+from hfpp.runtime.lazy_rows import LazyRows
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -65,10 +68,11 @@ __all__ = [
     "restore_metadata",
     "set_static_gradients",
     "set_static_metadata",
+    "show_order",
     "static_metadata",
+    "takes_one_stage",
     "told_outputs",
     "split_batch",
-    "splits_backward",
     "uncompiled",
     "uncompiled_itself",
     "undisturbed",
@@ -96,68 +100,117 @@ _FLAGS = (
 
 
 def schedule_class(name: str) -> type[TorchSchedule]:
-    """Torch's class of a schedule, by torch's name."""
-    return cast("type[TorchSchedule]", get_schedule_class(name))
+    """torch's class of a schedule; what runs any table where torch has no schedule of the name."""
+    try:
+        return cast("type[TorchSchedule]", get_schedule_class(name))
+    except ValueError:
+        return runtime_class()
 
 
 def runtime_class() -> type[TorchSchedule]:
-    """Torch's class that runs any table of actions."""
+    """torch's class that runs any table of actions."""
     return _schedules._PipelineScheduleRuntime
 
 
-def load_table(schedule: TorchSchedule, table: ScheduleTable) -> None:
-    """Gives a schedule of `runtime_class` the actions of all ranks.
+def takes_one_stage(torch_class: type[TorchSchedule]) -> bool:
+    """Whether a class runs one stage, in an order that is in its code, and no table."""
+    return issubclass(torch_class, PipelineScheduleSingle)
+
+
+def load_table(
+    schedule: TorchSchedule, table: ScheduleTable, remake: Callable[[], ScheduleTable]
+) -> None:
+    """Gives a schedule that has just been made what each rank runs.
+
+    This rank's actions are there at once, those of the others when someone looks at them, and no
+    table of all ranks stays in memory until then.
 
     Args:
-        schedule: freshly made, over this rank's stages.
-        table: verified. Where it spells out communication, what FSDP and this version of torch need
-            besides is added; else torch adds the communication.
+        schedule: over this rank's stages.
+        table: one that can run. Where it spells out communication, what FSDP and this version of
+            torch need besides is added, else the communication too.
+        remake: makes the table once more.
     """
-    rows = {
-        rank: [_torch_action(leaf) for leaf in _supplemented(table, rank)]
-        for rank in range(table.pp_size)
-    }
     target = cast("Any", schedule)
+    stages = local_stages(schedule)
+    rank, remade = stages[0].group_rank, cache(remake)
+    all_rows = cache(lambda: _rows_to_run(remade()))
+    target.pipeline_order_with_comms = LazyRows(table.pp_size, lambda rank: all_rows()(rank))
+    target.pipeline_order_with_comms[rank] = _rows_to_run(table)(rank)
     if not table.has_communication:
-        target.pipeline_order = rows
-        target._prepare_schedule_with_comms(rows)
-        return
-    if hasattr(_schedules, "_add_wait_send") and not any(
-        action.kind in (ActionKind.WAIT_SEND_FORWARD, ActionKind.WAIT_SEND_BACKWARD)
-        for row in table.rows
-        for action in row
-        if action is not None
-    ):
-        rows = _schedules._add_wait_send(rows)
-    target._prepare_schedule_with_comms(rows, format="compute_comms")
+        target.pipeline_order = LazyRows(table.pp_size, lambda rank: _torch_row(remade(), rank))
+    target.stage_index_to_group_rank = dict(enumerate(table.stage_to_rank))
+    for stage in stages:
+        stage.stage_index_to_group_rank = target.stage_index_to_group_rank
 
 
-def _torch_action(action: Action) -> _schedules._Action:
-    parsed: _schedules._Action | None = _schedules._Action.from_str(str(action))
-    assert parsed is not None
-    return parsed
+def show_order(schedule: TorchSchedule, pp_size: int, make: Callable[[], ScheduleTable]) -> None:
+    """Gives a schedule that runs without a table one to look at, made when someone looks."""
+
+    @cache
+    def reduced() -> ScheduleTable:
+        return lower(make(), communication=False, unshard=False, **_lowering())
+
+    rows = LazyRows(pp_size, lambda rank: _torch_row(reduced(), rank))
+    cast("Any", schedule).pipeline_order = rows
+
+
+def _lowering() -> dict[str, bool]:
+    """How this version of torch lowers a table, as `hfpp.plan.lowering.lower` calls it."""
+    unshard = inspect.signature(_schedules._add_unshard_reshard).parameters
+    return {
+        "wait_send": hasattr(_schedules, "_add_wait_send"),
+        "wait_reduce_grad": "WAIT_REDUCE_GRAD" in _TYPES,
+        "ordered_reshard": "unshard_lookahead" in unshard,
+    }
+
+
+def _rows_to_run(table: ScheduleTable) -> Callable[[int], list[Any]]:
+    """Makes the row of any rank with all that this version of torch needs."""
+    if not table.has_communication:
+        lowered = lower(table, **_lowering())
+        return lambda rank: _torch_row(lowered, rank)
+    waits = table.has(ActionKind.WAIT_SEND_FORWARD, ActionKind.WAIT_SEND_BACKWARD)
+
+    def supplemented(rank: int) -> list[Any]:
+        row = [_torch_action(action) for action in _supplemented(table, rank)]
+        if _lowering()["wait_send"] and not waits:
+            row = _schedules._add_wait_send({rank: row})[rank]
+        return row
+
+    return supplemented
+
+
+_TYPES = {kind.value: kind for kind in _schedules._ComputationType}
+
+
+def _torch_row(table: ScheduleTable, rank: int) -> list[_schedules._Action | None]:
+    return [_torch_action(action) for action in table.row(rank)]
+
+
+def _torch_action(action: Action | None) -> _schedules._Action | None:
+    if action is None:
+        return None
+    parts = tuple(_torch_action(part) for part in action.parts) or None
+    return _schedules._Action(action.stage, _TYPES[action.kind], action.microbatch, parts)
 
 
 def _supplemented(table: ScheduleTable, rank: int) -> Iterator[Action]:
-    """A rank's actions; with communication spelled out, also what the file may lack for torch.
+    """A rank's actions that a file spells out, and what it may lack for torch.
 
     Files written by another version of torch have no waits, or waits that this one does not know.
     """
-    actions = [step.action for step in table.steps(rank)]
-    if not table.has_communication:
-        yield from actions
-        return
-    known = set(_schedules._ComputationType.__members__)
+    actions = [action for action in table.row(rank) if action is not None]
     kinds = {(action.stage, action.kind) for action in actions}
     pending = dict.fromkeys(table.stages_by_rank[rank], table.n_microbatches)
     unshard = [s for s in pending if (s, ActionKind.UNSHARD) not in kinds]
     reduce = {s for s in pending if (s, ActionKind.REDUCE_GRAD) not in kinds}
-    wait = "WAIT_REDUCE_GRAD" in known
+    wait = ActionKind.WAIT_REDUCE_GRAD in _TYPES
     wait_written = any(kind is ActionKind.WAIT_REDUCE_GRAD for _, kind in kinds)
 
     yield from (Action(stage, ActionKind.UNSHARD) for stage in unshard)
     for action in actions:
-        if action.kind.value.startswith("WAIT") and action.kind.value not in known:
+        if action.kind not in _TYPES:
             continue
         yield action
         reduced = [action.stage] if action.kind is ActionKind.REDUCE_GRAD else []
@@ -172,20 +225,6 @@ def _supplemented(table: ScheduleTable, rank: int) -> Iterator[Action]:
     yield from (Action(stage, ActionKind.RESHARD) for stage in unshard)
 
 
-def splits_backward(schedule: TorchSchedule) -> bool:
-    """Whether a schedule computes the gradients of weights in actions of their own."""
-    rows = getattr(schedule, "pipeline_order_with_comms", None)
-    rows = rows or getattr(schedule, "pipeline_order", None) or {}
-    kind = _schedules._ComputationType.BACKWARD_WEIGHT
-    return any(
-        leaf.computation_type is kind
-        for row in rows.values()
-        for action in row
-        if action is not None
-        for leaf in (action, *(getattr(action, "sub_actions", None) or ()))
-    )
-
-
 def local_stages(schedule: TorchSchedule) -> list[PipelineStage]:
     """The stages that a schedule runs on this rank, in ascending order."""
     if isinstance(schedule, PipelineScheduleSingle):
@@ -195,10 +234,34 @@ def local_stages(schedule: TorchSchedule) -> list[PipelineStage]:
 
 
 class PreparedSchedule(_Base):
-    """Comes before a schedule class of torch in the bases, to be there when it readies its stages.
+    """Comes before a schedule class of torch in the bases: made without torch's work on tables.
 
-    torch comes here at every step, also when the stages are ready already.
+    It is also there when torch readies its stages: at every step, also when they are ready already.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._is_made = False
+        super().__init__(*args, **kwargs)
+        self._is_made = True
+
+    # What torch's constructors call to find the actions of all ranks, which takes them minutes for
+    # hundreds of ranks: `load_table` and `show_order` give them. A torch that calls other methods
+    # for it does its work, and what it found is replaced.
+
+    def _get_pipeline_order(self) -> Any:
+        return cast("Any", super())._get_pipeline_order() if self._is_made else {}
+
+    def _calculate_single_rank_operations(self, rank: int) -> Any:
+        if self._is_made:
+            return cast("Any", super())._calculate_single_rank_operations(rank)
+        return []
+
+    def _add_bubbles_to_actions(self, *args: Any) -> Any:
+        return cast("Any", super())._add_bubbles_to_actions(*args) if self._is_made else {}
+
+    def _prepare_schedule_with_comms(self, *args: Any, **kwargs: Any) -> None:
+        if self._is_made:
+            cast("Any", super())._prepare_schedule_with_comms(*args, **kwargs)
 
     def preparing(self) -> AbstractContextManager[None]:
         """What surrounds that."""
