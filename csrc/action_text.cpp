@@ -111,12 +111,6 @@ void parse_action(std::string_view text, std::vector<Action>& parts) {
   }
 }
 
-const Action* end_of_group(const Action* first, const Action* end) {
-  const Action* last = first + 1;
-  while (last != end && last->joined()) ++last;
-  return last;
-}
-
 void append_column(std::string& text, const Action* first, const Action* last) {
   const bool group = last - first > 1;
   if (group) text += '(';

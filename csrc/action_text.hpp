@@ -21,9 +21,6 @@ void parse_action(std::string_view text, std::vector<Action>& parts);
 // Appends the text of a column: an action, or a group whose last part is `last - 1`.
 void append_column(std::string& text, const Action* first, const Action* last);
 
-// One past the last part of the group that begins with `first`.
-const Action* end_of_group(const Action* first, const Action* end);
-
 // 'text' in quotes, cut where it is long, what cannot be printed as \x.
 std::string quoted(std::string_view text);
 

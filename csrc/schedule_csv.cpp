@@ -100,7 +100,7 @@ std::string csv_line(const Schedule& schedule, std::int64_t rank) {
   std::string line;
   const Action* const end = schedule.end(rank);
   for (const Action* first = schedule.begin(rank); first != end;) {
-    const Action* const last = end_of_group(first, end);
+    const Action* const last = group_end(first, end);
     if (first != schedule.begin(rank)) line += ',';
     append_column(line, first, last);
     first = last;

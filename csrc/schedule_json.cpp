@@ -132,7 +132,7 @@ std::string json_row(const Schedule& schedule, std::int64_t rank) {
   std::string row = "[";
   const Action* const end = schedule.end(rank);
   for (const Action* first = schedule.begin(rank); first != end;) {
-    const Action* const last = end_of_group(first, end);
+    const Action* const last = group_end(first, end);
     row += row.size() == 1 ? "\"" : ",\"";
     append_column(row, first, last);
     row += '"';

@@ -112,7 +112,7 @@ def parse_action(text: str) -> Action | None:
         >>> str(parse_action("(2F4;5B1)OVERLAP_F_B"))
         '(2F4;5B1)OVERLAP_F_B'
     """
-    return next(_unpacked(memoryview(_core.action_codes(text))))
+    return next(unpacked(memoryview(_core.action_codes(text))))
 
 
 class Step(NamedTuple):

@@ -100,7 +100,7 @@ _FLAGS = (
 
 
 def schedule_class(name: str) -> type[TorchSchedule]:
-    """torch's class of a schedule; what runs any table where torch has no schedule of the name."""
+    """Torch's class of a schedule; what runs any table where torch has no schedule of the name."""
     try:
         return cast("type[TorchSchedule]", get_schedule_class(name))
     except ValueError:
@@ -108,7 +108,7 @@ def schedule_class(name: str) -> type[TorchSchedule]:
 
 
 def runtime_class() -> type[TorchSchedule]:
-    """torch's class that runs any table of actions."""
+    """Torch's class that runs any table of actions."""
     return _schedules._PipelineScheduleRuntime
 
 
@@ -170,13 +170,12 @@ def _rows_to_run(table: ScheduleTable) -> Callable[[int], list[Any]]:
     if not table.has_communication:
         lowered = lower(table, **_lowering())
         return lambda rank: _torch_row(lowered, rank)
-    waits = table.has(ActionKind.WAIT_SEND_FORWARD, ActionKind.WAIT_SEND_BACKWARD)
+    has_waits = table.has(ActionKind.WAIT_SEND_FORWARD, ActionKind.WAIT_SEND_BACKWARD)
+    add_waits = None if has_waits else getattr(_schedules, "_add_wait_send", None)
 
     def supplemented(rank: int) -> list[Any]:
         row = [_torch_action(action) for action in _supplemented(table, rank)]
-        if _lowering()["wait_send"] and not waits:
-            row = _schedules._add_wait_send({rank: row})[rank]
-        return row
+        return add_waits({rank: row})[rank] if add_waits else row
 
     return supplemented
 
@@ -184,14 +183,12 @@ def _rows_to_run(table: ScheduleTable) -> Callable[[int], list[Any]]:
 _TYPES = {kind.value: kind for kind in _schedules._ComputationType}
 
 
-def _torch_row(table: ScheduleTable, rank: int) -> list[_schedules._Action | None]:
-    return [_torch_action(action) for action in table.row(rank)]
+def _torch_row(table: ScheduleTable, rank: int) -> list[Any]:
+    return [None if action is None else _torch_action(action) for action in table.row(rank)]
 
 
-def _torch_action(action: Action | None) -> _schedules._Action | None:
-    if action is None:
-        return None
-    parts = tuple(_torch_action(part) for part in action.parts) or None
+def _torch_action(action: Action) -> _schedules._Action:
+    parts = tuple(map(_torch_action, action.parts)) or None
     return _schedules._Action(action.stage, _TYPES[action.kind], action.microbatch, parts)
 
 
