@@ -444,4 +444,5 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used(),
   hfpp::python::bind_verify(m);
   hfpp::python::bind_balance(m);
   hfpp::python::bind_files(m);
+  hfpp::python::bind_simulate(m);
 }

@@ -32,5 +32,6 @@ void bind_balance(py::module_& m);
 void bind_files(py::module_& m);
 void bind_schedule(py::module_& m);
 void bind_verify(py::module_& m);
+void bind_simulate(py::module_& m);
 
 }  // namespace hfpp::python

@@ -156,3 +156,39 @@ def csv_line(schedule: Schedule, rank: SupportsIndex) -> bytes: ...
 def read_json(name: str, read: Callable[[int], bytes]) -> tuple[Schedule, str]: ...
 def json_row(schedule: Schedule, rank: SupportsIndex) -> bytes: ...
 def check_metadata(name: str, text: str) -> None: ...
+
+@final
+class Simulation:
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...  # made by the core only
+    @property
+    def step_time(self) -> float: ...
+    @property
+    def idle_share(self) -> float: ...
+    def report(
+        self, rank: SupportsIndex
+    ) -> tuple[
+        tuple[float, float, float, float, float, float],
+        tuple[float, float],
+        tuple[int, int, int, int, int, int],
+    ]: ...
+    def spans(self, rank: SupportsIndex) -> list[tuple[float, float]]: ...
+    def transfers(
+        self, rank: SupportsIndex
+    ) -> list[tuple[int, int, bool, int, int, float, float]]: ...
+
+def simulate(
+    schedule: Schedule,
+    *,
+    forward: Sequence[float],
+    backward: Sequence[float],
+    backward_input: Sequence[float],
+    backward_weight: Sequence[float],
+    activation_bytes: Sequence[SupportsIndex],
+    weight_bytes: Sequence[SupportsIndex],
+    activation_seconds: Sequence[float],
+    gradient_seconds: Sequence[float],
+    boundary_bytes: Sequence[SupportsIndex],
+    overlap: bool,
+    lock_step: bool,
+    overlap_gain: float,
+) -> Simulation: ...

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 
+from hfpp.errors import PipelineConfigError
 from hfpp.plan.actions import ActionKind, ScheduleTable
-from hfpp.plan.timeline import Bar, Costs, Timeline, timeline
+from hfpp.plan.simulate import Bar, Simulation, simulate, uniform_costs
 
 __all__ = ["schedule_svg"]
 
@@ -30,7 +31,8 @@ class _Layout:
     """Where things are, in pixels."""
 
     table: ScheduleTable
-    line: Timeline
+    step: Simulation
+    rows: tuple[tuple[Bar, ...], ...]
     width: float
 
     left = 74.0
@@ -48,9 +50,14 @@ class _Layout:
         return self.row - max(1.5, 0.14 * self.row)
 
     @property
+    def end(self) -> float:
+        """Of the step, in time."""
+        return self.step.step_time
+
+    @property
     def scale(self) -> float:
         """Pixels per unit of time."""
-        return (self.width - self.left - self.right) / self.line.end
+        return (self.width - self.left - self.right) / self.end
 
     @property
     def bottom(self) -> float:
@@ -106,11 +113,19 @@ def schedule_svg(
         >>> svg[:4]
         '<svg'
     """
-    line = timeline(table, Costs(forward=forward, backward=backward, weight=weight))
+    weight = backward / 2 if weight is None else weight
+    if not (forward > 0 and backward > 0 and 0 < weight < backward):
+        raise PipelineConfigError(
+            f"forward ({forward}), backward ({backward}) and weight ({weight}) must be positive, "
+            "and weight, as a part of it, smaller than backward"
+        )
+    costs = uniform_costs(table.num_stages, forward=forward, backward=backward, weight=weight)
+    step = simulate(table, costs)
     if width is None:
-        columns = line.end / min(forward, backward)
+        columns = step.step_time / min(forward, backward)
         width = min(1600.0, max(720.0, 100.0 + 22.0 * columns))
-    layout = _Layout(table, line, width)
+    rows = tuple(map(step.bars, range(table.pp_size)))
+    layout = _Layout(table, step, rows, width)
     return "\n".join(_document(layout, title or table.name)) + "\n"
 
 
@@ -120,7 +135,7 @@ def _document(layout: _Layout, title: str) -> Iterator[str]:
     facts = (
         f"{_count(table.pp_size, 'rank')} · {_count(table.num_stages, 'stage')} · "
         f"{_count(table.n_microbatches, 'microbatch', 'microbatches')} · "
-        f"{100 * layout.line.idle_share:.1f} % idle"
+        f"{100 * layout.step.idle_share:.1f} % idle"
     )
     yield (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
@@ -142,7 +157,7 @@ def _document(layout: _Layout, title: str) -> Iterator[str]:
 
 def _legend(layout: _Layout) -> Iterator[str]:
     """What the colours mean, at the right of the heading."""
-    used = {bar.action.kind for row in layout.line.bars for bar in row}
+    used = {bar.action.kind for row in layout.rows for bar in row}
     entries = [(name, _colour(kind, 0, 1)) for kind, (name, _) in _KINDS.items() if kind in used]
     entries.append(("idle", _TRACK))
     x = layout.width - layout.right
@@ -163,7 +178,7 @@ def _ranks(layout: _Layout) -> Iterator[str]:
     every = 1 if layout.row >= 12 else 4
     for rank in range(layout.table.pp_size):
         y = layout.y(rank)
-        box = _box(layout.left, y, layout.line.end * layout.scale, layout.bar)
+        box = _box(layout.left, y, layout.end * layout.scale, layout.bar)
         yield f'<rect class="rank" {box} rx="{_number(min(3.0, layout.bar / 4))}" fill="{_TRACK}"/>'
         if rank % every == 0:
             middle = y + layout.bar / 2 + size * 0.35
@@ -176,13 +191,13 @@ def _ranks(layout: _Layout) -> Iterator[str]:
 def _bars(layout: _Layout) -> Iterator[str]:
     """The bars by colour, then their numbers, then frames around overlapped pairs."""
     table = layout.table
-    tooltips = sum(map(len, layout.line.bars)) <= _MANY
+    tooltips = sum(map(len, layout.rows)) <= _MANY
     local = {s: k for stages in table.stages_by_rank for k, s in enumerate(stages)}
     font = _number_size(layout)
     by_colour: dict[str, list[str]] = {}
     numbers: list[str] = []
     frames: list[str] = []
-    for rank, bars in enumerate(layout.line.bars):
+    for rank, bars in enumerate(layout.rows):
         y, height = layout.y(rank), layout.bar
         for bar in bars:
             colour = _colour(bar.action.kind, local[bar.action.stage], table.stages_per_rank)
@@ -225,7 +240,7 @@ def _attribute(name: str, value: float) -> str:
 
 def _number_size(layout: _Layout) -> float:
     """The font size of microbatch numbers; 0 where they do not fit into the narrowest bar."""
-    narrowest = min(bar.end - bar.start for row in layout.line.bars for bar in row) * layout.scale
+    narrowest = min(bar.end - bar.start for row in layout.rows for bar in row) * layout.scale
     digits = len(str(max(layout.table.n_microbatches - 1, 0)))
     size = min(12.0, layout.bar * 0.72, (narrowest - 3.5) / (digits * _DIGIT))
     return size if size >= 5.5 else 0.0
@@ -242,11 +257,11 @@ def _tooltip(rank: int, bar: Bar) -> str:
 def _axis(layout: _Layout) -> Iterator[str]:
     y = layout.bottom + 4
     yield (
-        f'<path d="M{_number(layout.left)} {_number(y)}H{_number(layout.x(layout.line.end))}" '
+        f'<path d="M{_number(layout.left)} {_number(y)}H{_number(layout.x(layout.end))}" '
         f'stroke="{_FRAME}" fill="none"/>'
     )
-    step = _tick(layout.line.end / max(2.0, (layout.width - layout.left) / 90))
-    for k in range(int(layout.line.end / step + 1e-9) + 1):
+    step = _tick(layout.end / max(2.0, (layout.width - layout.left) / 90))
+    for k in range(int(layout.end / step + 1e-9) + 1):
         x = layout.x(k * step)
         yield f'<path d="M{_number(x)} {_number(y)}v4" stroke="{_FRAME}"/>'
         yield _text(x, y + 17, f"{k * step:g}", size=11, colour=_SOFT, anchor="middle")

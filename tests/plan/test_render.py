@@ -15,7 +15,6 @@ from hfpp.plan.actions import ScheduleTable, parse_action
 from hfpp.plan.lowering import lower
 from hfpp.plan.render import schedule_svg
 from hfpp.plan.schedule import SCHEDULES, compute_table
-from hfpp.plan.timeline import Costs, timeline
 from tests.plan.test_schedule import sizes, table_of
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -136,73 +135,3 @@ def test_costs_are_checked(costs: dict[str, float]) -> None:
     table = compute_table(SCHEDULES["1F1B"], pp_size=2, n_microbatches=2)
     with pytest.raises(PipelineConfigError, match=next(iter(costs))):
         schedule_svg(table, **costs)
-
-
-# Times: closed forms from the papers, with equal stages and free communication
-
-
-@pytest.mark.parametrize("pp_size", [1, 2, 4, 8])
-@pytest.mark.parametrize("name", ["GPipe", "1F1B"])
-def test_bubble_of_gpipe_and_1f1b(name: str, pp_size: int) -> None:
-    table = compute_table(SCHEDULES[name], pp_size=pp_size, n_microbatches=2 * pp_size)
-    line = timeline(table, Costs(forward=1.0, backward=2.5))
-    assert [line.idle(rank) for rank in range(pp_size)] == pytest.approx(
-        [(pp_size - 1) * 3.5] * pp_size
-    )
-
-
-@pytest.mark.parametrize("stages_per_rank", [1, 2, 4])
-def test_bubble_of_interleaved_1f1b(stages_per_rank: int) -> None:
-    table = compute_table(
-        SCHEDULES["Interleaved1F1B"], pp_size=4, n_microbatches=8, stages_per_rank=stages_per_rank
-    )
-    line = timeline(table, Costs(forward=1.0, backward=2.0))
-    assert [line.idle(rank) for rank in range(4)] == pytest.approx([3 * 3.0] * 4)
-
-
-@pytest.mark.parametrize("pp_size", [2, 4, 8])
-def test_bubble_of_zb1p(pp_size: int) -> None:
-    """(p - 1)(F + B - 2W), arXiv 2401.10241, where its W fill the whole gap."""
-    table = compute_table(
-        SCHEDULES["InterleavedZeroBubble"],
-        pp_size=pp_size,
-        n_microbatches=4 * pp_size,
-        stages_per_rank=1,
-    )
-    line = timeline(table, Costs(forward=1.0, backward=2.0, weight=1.0))
-    assert [line.idle(r) for r in range(pp_size)] == pytest.approx([pp_size - 1] * pp_size)
-
-
-@pytest.mark.parametrize("pp_size", [2, 4, 8])
-def test_zbv_has_no_bubble(pp_size: int) -> None:
-    """Between a rank's own first and last action, where F = W = B / 2."""
-    table = compute_table(SCHEDULES["ZBVZeroBubble"], pp_size=pp_size, n_microbatches=2 * pp_size)
-    for bars in timeline(table, Costs()).bars:
-        assert all(before.end == after.start for before, after in pairwise(bars))
-
-
-@pytest.mark.parametrize("pp_size", [2, 4, 8])
-def test_bubble_of_dual_pipe_v(pp_size: int) -> None:
-    """(p - 1)(F&B + B - 3W) with F = W = B / 2, from DualPipe's README."""
-    table = compute_table(SCHEDULES["DualPipeV"], pp_size=pp_size, n_microbatches=4 * pp_size)
-    line = timeline(table, Costs())
-    assert [line.idle(r) for r in range(pp_size)] == pytest.approx([2 * (pp_size - 1)] * pp_size)
-
-
-@given(sizes(max_pp=4, max_microbatches=8))
-def test_nothing_runs_before_what_it_needs(size: dict[str, Any]) -> None:
-    table = table_of(**size)
-    line = timeline(table, Costs(forward=1.0, backward=3.0, weight=1.25))
-    ends = {str(bar.action): bar.end for row in line.bars for bar in row}
-    for row in line.bars:
-        for bar in row:
-            stage, kind, microbatch, _ = bar.action
-            if kind.value == "F" and stage > 0:
-                assert ends[f"{stage - 1}F{microbatch}"] <= bar.start
-            if kind.value in "BI" and stage < table.num_stages - 1:
-                following = (f"{stage + 1}{letter}{microbatch}" for letter in "BI")
-                assert min(ends[key] for key in following if key in ends) <= bar.start
-            if kind.value != "F":
-                assert ends[f"{stage}F{microbatch}"] <= bar.start
-        assert all(before.end <= after.start for before, after in pairwise(row))
-    assert line.end == max(ends.values())

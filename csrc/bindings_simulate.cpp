@@ -1,0 +1,114 @@
+// Simulations in Python: numbers of one rank at a time, made when they are asked for.
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings.hpp"
+#include "simulate.hpp"
+
+namespace hfpp::python {
+
+namespace {
+
+template <class T>
+std::vector<T> values(const py::sequence& items, const char* name) {
+  std::vector<T> result;
+  result.reserve(items.size());
+  for (const py::handle item : items) {
+    if constexpr (std::is_same_v<T, double>) {
+      const double value = PyFloat_AsDouble(item.ptr());
+      if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+      result.push_back(value);
+    } else {
+      result.push_back(integer(item, name));
+    }
+  }
+  return result;
+}
+
+std::unique_ptr<Simulation> simulate(
+    const Schedule& schedule, const py::sequence& forward, const py::sequence& backward,
+    const py::sequence& backward_input, const py::sequence& backward_weight,
+    const py::sequence& activation_bytes, const py::sequence& weight_bytes,
+    const py::sequence& activation_seconds, const py::sequence& gradient_seconds,
+    const py::sequence& boundary_bytes, bool overlap, bool lock_step, double overlap_gain) {
+  const Communication communication = lock_step ? Communication::LockStep
+                                      : overlap ? Communication::Beside
+                                                : Communication::Within;
+  const ActionCosts costs{values<double>(forward, "forward"),
+                          values<double>(backward, "backward"),
+                          values<double>(backward_input, "backward_input"),
+                          values<double>(backward_weight, "backward_weight"),
+                          values<std::int64_t>(activation_bytes, "activation_bytes"),
+                          values<std::int64_t>(weight_bytes, "weight_bytes"),
+                          {values<double>(activation_seconds, "activation_seconds"),
+                           values<double>(gradient_seconds, "gradient_seconds"),
+                           values<std::int64_t>(boundary_bytes, "boundary_bytes"), communication},
+                          overlap_gain};
+  const py::gil_scoped_release release;
+  return std::make_unique<Simulation>(schedule, costs);
+}
+
+std::int64_t checked_rank(const Simulation& simulation, py::handle argument) {
+  const std::int64_t rank = integer(argument, "rank");
+  if (rank >= 0 && rank < simulation.pp_size()) return rank;
+  throw py::index_error(named("rank", rank) + " must be in [0, " +
+                        std::to_string(simulation.pp_size()) + ").");
+}
+
+py::tuple report(const Simulation& simulation, py::handle rank) {
+  const RankReport& r = simulation.report(checked_rank(simulation, rank));
+  return py::make_tuple(
+      py::make_tuple(r.busy, r.start, r.activations, r.gradients, r.communication, r.end),
+      py::make_tuple(r.own.start, r.own.end),
+      py::make_tuple(r.peak_live, r.peak_activation_bytes, r.peak_receive_buffers,
+                     r.peak_receive_bytes, r.sent_bytes, r.received_bytes));
+}
+
+py::list spans(const Simulation& simulation, py::handle argument) {
+  const std::int64_t rank = checked_rank(simulation, argument);
+  require_objects("spans()", simulation.size(rank));
+  py::list spans(simulation.size(rank));
+  for (std::int64_t i = 0; i < simulation.size(rank); ++i) {
+    const Span& span = simulation.spans(rank)[i];
+    PyList_SET_ITEM(spans.ptr(), i, py::make_tuple(span.start, span.end).release().ptr());
+  }
+  return spans;
+}
+
+py::list transfers(const Simulation& simulation, py::handle argument) {
+  py::list list;
+  for (const Simulation::Sent& sent : simulation.sent_by(checked_rank(simulation, argument))) {
+    list.append(py::make_tuple(sent.route.source, sent.route.target, sent.route.gradient,
+                               sent.route.producer, sent.action.microbatch(), sent.span.start,
+                               sent.span.end));
+  }
+  return list;
+}
+
+}  // namespace
+
+void bind_simulate(py::module_& m) {
+  py::class_<Simulation>(m, "Simulation", py::is_final(),
+                         "When each action of a schedule runs, and what each rank holds.")
+      .def_property_readonly("step_time", &Simulation::step_time, "When the last rank ends.")
+      .def_property_readonly("idle_share", &Simulation::idle_share,
+                             "All ranks' idle time over all ranks' time.")
+      .def("report", &report, py::arg("rank"),
+           "Of one rank: (busy, and idle at the start, for activations, gradients, communication, "
+           "at the end), (start, end of its own), (peak live activations and their bytes, receive "
+           "buffers and their bytes, bytes sent, received).")
+      .def("spans", &spans, py::arg("rank"), "(start, end) of every action of one rank.")
+      .def("transfers", &transfers, py::arg("rank"),
+           "(source, target, whether a gradient, stage, microbatch, start, end) of what one rank "
+           "sends.");
+  m.def("simulate", &simulate, py::keep_alive<0, 1>(), py::arg("schedule"), py::kw_only(),
+        py::arg("forward"), py::arg("backward"), py::arg("backward_input"),
+        py::arg("backward_weight"), py::arg("activation_bytes"), py::arg("weight_bytes"),
+        py::arg("activation_seconds"), py::arg("gradient_seconds"), py::arg("boundary_bytes"),
+        py::arg("overlap"), py::arg("lock_step"), py::arg("overlap_gain"),
+        "Runs a schedule in time.");
+}
+
+}  // namespace hfpp::python

@@ -1,0 +1,117 @@
+// What a simulation takes and gives; the run itself is in simulation_run.cpp.
+#include "simulate.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <utility>
+
+#include "simulation_run.hpp"
+
+namespace hfpp {
+
+namespace {
+
+template <class T>
+void check_values(const char* name, const std::vector<T>& values, std::int64_t count) {
+  if (static_cast<std::int64_t>(values.size()) != count) {
+    throw ConfigError(std::string(name) + " has " + std::to_string(values.size()) +
+                      " entries, but the table needs " + std::to_string(count) +
+                      ": one per stage, or per boundary between two");
+  }
+  for (const T value : values) {
+    if (!(value >= 0 && std::isfinite(static_cast<double>(value)))) {
+      throw ConfigError(std::string(name) + " (" + std::to_string(value) +
+                        ") must be a finite number that is not negative");
+    }
+  }
+}
+
+}  // namespace
+
+void ActionCosts::check(std::int64_t num_stages) const {
+  check_values("forward", forward, num_stages);
+  check_values("backward", backward, num_stages);
+  check_values("backward_input", backward_input, num_stages);
+  check_values("backward_weight", backward_weight, num_stages);
+  check_values("activation_bytes", activation_bytes, num_stages);
+  check_values("weight_bytes", weight_bytes, num_stages);
+  check_values("activation_seconds", transfers.activation_seconds, num_stages - 1);
+  check_values("gradient_seconds", transfers.gradient_seconds, num_stages - 1);
+  check_values("boundary_bytes", transfers.bytes, num_stages - 1);
+  if (!(overlap_gain >= 0 && overlap_gain <= 1)) {
+    throw ConfigError("overlap_gain (" + std::to_string(overlap_gain) +
+                      ") must be from 0 to 1: use overlap_gain=0 where the parts of a group run "
+                      "one after another");
+  }
+}
+
+Simulation::Simulation(const Schedule& schedule, const ActionCosts& costs)
+    : schedule_(schedule),
+      transfers_(schedule),
+      spans_(static_cast<std::size_t>(schedule.num_actions())),
+      reports_(static_cast<std::size_t>(schedule.pp_size())) {
+  costs.check(transfers_.num_stages());
+  SimulationRun(*this, costs).run();
+  if (costs.transfers.communication == Communication::Beside && !transfers_.spelled_out()) {
+    count_receive_buffers(costs.transfers);
+  }
+}
+
+double Simulation::idle_share() const {
+  double idle = 0;
+  for (const RankReport& report : reports_) idle += report.idle();
+  const double all = step_time_ * static_cast<double>(reports_.size());
+  return all > 0 ? idle / all : 0;
+}
+
+std::vector<Simulation::Sent> Simulation::sent_by(std::int64_t rank) const {
+  std::vector<Sent> sent;
+  for (const Action* action = schedule_.begin(rank); action != schedule_.end(rank); ++action) {
+    const Kind kind = action->kind();
+    if (!is_compute(kind) || kind == Kind::BackwardWeight ||
+        !transfers_.has_taker(is_gradient(kind), action->stage())) {
+      continue;
+    }
+    const Route route = transfers_.route(is_gradient(kind), action->stage(), action->microbatch());
+    const Message& message = transfers_[route];
+    if (route.crosses() && !std::isnan(message.span.end)) {
+      sent.push_back({*action, route, message.span});
+    }
+  }
+  return sent;
+}
+
+// With overlap and without receives in the table, a buffer is held from the begin of its transfer
+// to the end of the computation that takes it. What is freed at a time is free for what begins
+// then.
+void Simulation::count_receive_buffers(const TransferCosts& costs) {
+  std::vector<std::pair<double, std::int64_t>> begins;
+  std::vector<std::pair<double, std::int64_t>> ends;
+  for (std::int64_t rank = 0; rank < schedule_.pp_size(); ++rank) {
+    begins.clear();
+    ends.clear();
+    const Action* const row_end = schedule_.end(rank);
+    for (const Action* part = schedule_.begin(rank); part != row_end; ++part) {
+      if (!is_compute(part->kind()) || !transfers_.takes(*part)) continue;
+      const Route route = transfers_.input(*part);
+      if (!route.crosses()) continue;
+      const Action* last = part;
+      while (last + 1 != row_end && (last + 1)->joined()) ++last;
+      const std::int64_t bytes = transfers_.bytes(costs, route);
+      begins.emplace_back(transfers_[route].span.start, bytes);
+      ends.emplace_back((spans(rank) + (last - schedule_.begin(rank)))->end, bytes);
+    }
+    std::sort(begins.begin(), begins.end());
+    RankLedger ledger;
+    std::size_t ended = 0;
+    for (const auto& [begin, bytes] : begins) {
+      for (; ended < ends.size() && ends[ended].first <= begin; ++ended) {
+        ledger.free_buffer(ends[ended].second);
+      }
+      ledger.hold_buffer(bytes, reports_[static_cast<std::size_t>(rank)]);
+    }
+  }
+}
+
+}  // namespace hfpp
