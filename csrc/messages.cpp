@@ -63,9 +63,9 @@ class Inputs {
   std::size_t places_ = 0;
 };
 
-class Placement {
+class Messages {
  public:
-  Placement(const Schedule& table, const Schedule& source)
+  Messages(const Schedule& table, const Schedule& source)
       : table_(table),
         source_(source),
         ranks_(table.stage_to_rank()),
@@ -259,7 +259,7 @@ class Placement {
 }  // namespace
 
 Schedule with_messages(const Schedule& table, const Schedule& source) {
-  return Placement(table, source).run();
+  return Messages(table, source).run();
 }
 
 Schedule with_send_waits(const Schedule& table) {

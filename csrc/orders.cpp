@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <initializer_list>
+#include <utility>
 
 #include "table.hpp"
 
@@ -110,6 +112,83 @@ class VRow {
   std::size_t late_ = 0;  // how many of these have come
 };
 
+// The building block of a v schedule with controllable memory (arXiv 2405.15362): when each
+// computation of microbatch 0 starts on a rank, in units of one forward, one input part or one
+// weights' part of a chunk. Microbatch m does the same 6 * m units later: the six starts differ
+// modulo 6, so that the steady state has no idle time.
+class BuildingBlock {
+ public:
+  // Units from rank to rank: `down` to the next in the forward of chunk 0 and the backward of chunk
+  // 1, `up` to the previous in the other two. At the turns of the v: units to wait at the last rank
+  // before the forward of chunk 1, at the first rank before the backward of chunk 1, and at the
+  // last before the backward of chunk 0.
+  struct Hops {
+    std::int64_t down;
+    std::int64_t up;
+    std::int64_t wait_last;
+    std::int64_t wait_first;
+    std::int64_t wait_back;
+  };
+
+  BuildingBlock(const Hops& hops, std::int64_t rank, std::int64_t pp_size) {
+    const std::int64_t way = (pp_size - 1) * (hops.down + hops.up) + 1;
+    const std::int64_t forward_1 = way + hops.wait_last;  // on rank 0, as the next two
+    const std::int64_t backward_1 = forward_1 + 1 + hops.wait_first;
+    const std::int64_t backward_0 = backward_1 + way + hops.wait_back;
+    passes_[0] = {{F, 0}, hops.down * rank};
+    passes_[1] = {{F, 1}, forward_1 - hops.up * rank};
+    passes_[2] = {{I, 1}, backward_1 + hops.down * rank};
+    passes_[3] = {{I, 0}, backward_0 - hops.up * rank};
+    place_weights();
+  }
+
+  // Writes the passes of all microbatches in the order of their starts.
+  void repeat(std::int64_t n_microbatches, VRow& row) {
+    std::array<std::int64_t, 6> left;
+    left.fill(n_microbatches);
+    for (std::int64_t i = 0; i < 6 * n_microbatches; ++i) {
+      std::size_t first = 6;
+      for (std::size_t j = 0; j < 6; ++j) {
+        if (left[j] > 0 && (first == 6 || passes_[j].start < passes_[first].start)) first = j;
+      }
+      row.repeat(1, {passes_[first].part});
+      passes_[first].start += 6;
+      --left[first];
+    }
+  }
+
+ private:
+  struct Pass {
+    Part part;
+    std::int64_t start;
+  };
+
+  // The weights' parts take the two units of six that are left, each as soon after its input part
+  // as can be: the sum of both delays is the least, then their difference.
+  void place_weights() {
+    std::array<std::int64_t, 2> left{};
+    std::size_t found = 0;
+    for (std::int64_t unit = 0; unit < 6; ++unit) {
+      const bool taken = std::any_of(passes_.begin(), passes_.begin() + 4,
+                                     [unit](const Pass& pass) { return pass.start % 6 == unit; });
+      if (!taken) left.at(found++) = unit;
+    }
+    const auto delay = [&](std::size_t pass, std::int64_t unit) {
+      return ((unit - passes_[pass].start) % 6 + 6) % 6;
+    };
+    std::array<std::int64_t, 2> best{delay(2, left[0]), delay(3, left[1])};
+    const std::array<std::int64_t, 2> other{delay(2, left[1]), delay(3, left[0])};
+    const auto cost = [](const std::array<std::int64_t, 2>& delays) {
+      return std::pair(delays[0] + delays[1], std::abs(delays[0] - delays[1]));
+    };
+    if (cost(other) < cost(best)) best = other;
+    passes_[4] = {{W, 1}, passes_[2].start + best[0]};
+    passes_[5] = {{W, 0}, passes_[3].start + best[1]};
+  }
+
+  std::array<Pass, 6> passes_{};
+};
+
 }  // namespace
 
 struct Order::Known {
@@ -120,7 +199,7 @@ struct Order::Known {
 };
 
 const Order::Known& Order::find(const std::string& name) {
-  static constexpr std::array<Known, 7> kKnown = {{
+  static constexpr std::array<Known, 10> kKnown = {{
       {"GPipe", 1, 2, &Order::gpipe},
       {"1F1B", 1, 2, &Order::one_f_one_b},
       {"Interleaved1F1B", 0, 2, &Order::interleaved_1f1b},
@@ -128,6 +207,9 @@ const Order::Known& Order::find(const std::string& name) {
       {"InterleavedZeroBubble", 0, 3, &Order::interleaved_zero_bubble},
       {"ZBVZeroBubble", 2, 3, &Order::zbv_zero_bubble},
       {"DualPipeV", 2, 3, &Order::dual_pipe_v},
+      {"ZBH2", 1, 3, &Order::zb_h2},
+      {"VHalf", 2, 3, &Order::v_half},
+      {"VMin", 2, 3, &Order::v_min},
   }};
   const auto* const found = std::find_if(kKnown.begin(), kKnown.end(),
                                          [&](const Known& known) { return name == known.name; });
@@ -302,6 +384,43 @@ void Order::dual_pipe_v(const Order& order, std::int64_t rank, Schedule& schedul
     row.split(0);
   }
   while (row.has_put_off()) row.weight();
+}
+
+// ZB-H2 (arXiv 2401.10241, section 2): twice the forwards of 1F1B's start, less one, and on rank r
+// 2 * r weights' gradients put off. Where forward, input part and weights' part take one unit each,
+// no rank idles between its first action and its last from 2 * pp_size - 1 microbatches on; every
+// rank then has 2 * pp_size - 1 live activations, where 1F1B has pp_size at most.
+void Order::zb_h2(const Order& order, std::int64_t rank, Schedule& schedule) {
+  const std::int64_t n = order.n_microbatches_;
+  const std::int64_t warmup = std::min(n, 2 * (order.pp_size_ - rank) - 1);
+  const std::int64_t put_off = std::min(n, 2 * rank);
+  for (std::int64_t m = 0; m < warmup; ++m) schedule.add({F, rank, m});
+  for (std::int64_t m = 0; m < n; ++m) {
+    schedule.add({I, rank, m});
+    if (m >= put_off) schedule.add({W, rank, m - put_off});
+    if (m + warmup < n) schedule.add({F, rank, m + warmup});
+  }
+  for (std::int64_t m = n - put_off; m < n; ++m) schedule.add({W, rank, m});
+}
+
+// V-Half: half of 1F1B's activations and half of a stage or one stage more, for 3.5 units of idle
+// time per rank where 1F1B has 6.
+void Order::v_half(const Order& order, std::int64_t rank, Schedule& schedule) {
+  const bool odd = order.pp_size_ % 2 == 1;
+  const BuildingBlock::Hops hops =
+      odd ? BuildingBlock::Hops{1, 2, 1, 0, 0} : BuildingBlock::Hops{1, 2, 3, 0, 4};
+  VRow row(schedule, rank, order.pp_size_, order.n_microbatches_);
+  BuildingBlock(hops, rank, order.pp_size_).repeat(order.n_microbatches_, row);
+}
+
+// V-Min: a third of 1F1B's activations and one stage more at most, for 4 units of idle time per
+// rank.
+void Order::v_min(const Order& order, std::int64_t rank, Schedule& schedule) {
+  const bool three = order.pp_size_ % 3 == 0;
+  const BuildingBlock::Hops hops =
+      three ? BuildingBlock::Hops{1, 1, 2, 0, 2} : BuildingBlock::Hops{1, 1, 0, 0, 0};
+  VRow row(schedule, rank, order.pp_size_, order.n_microbatches_);
+  BuildingBlock(hops, rank, order.pp_size_).repeat(order.n_microbatches_, row);
 }
 
 Schedule forward_only(const std::vector<std::int64_t>& stage_to_rank, std::int64_t n_microbatches) {

@@ -1,7 +1,8 @@
 // The order of computations of every schedule: all ranks, or one in time proportional to its own.
 //
 // GPipe, 1F1B, Interleaved1F1B, LoopedBFS, InterleavedZeroBubble, ZBVZeroBubble and DualPipeV have
-// the order in which torch runs them. Idle time is left out: it follows from order and costs.
+// the order in which torch runs them; ZBH2, VHalf and VMin, which torch lacks, that of their
+// papers. Idle time is left out: it follows from order and costs.
 #pragma once
 
 #include <cstdint>
@@ -35,6 +36,9 @@ class Order {
   static void interleaved_zero_bubble(const Order&, std::int64_t, Schedule&);
   static void zbv_zero_bubble(const Order&, std::int64_t, Schedule&);
   static void dual_pipe_v(const Order&, std::int64_t, Schedule&);
+  static void zb_h2(const Order&, std::int64_t, Schedule&);
+  static void v_half(const Order&, std::int64_t, Schedule&);
+  static void v_min(const Order&, std::int64_t, Schedule&);
 
   std::string name_;
   std::int64_t pp_size_;

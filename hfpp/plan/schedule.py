@@ -70,6 +70,9 @@ def _specs() -> Iterator[ScheduleSpec]:
         ),
         ("ZBVZeroBubble", v, 2, ("zbv_zero_bubble", "zbv", "zb_v", "v_schedule", "v")),
         ("DualPipeV", v, 2, ("dual_pipe_v", "dual_pipe")),
+        ("ZBH2", loop, 1, ("zb_h2",)),
+        ("VHalf", v, 2, ("v_half",)),
+        ("VMin", v, 2, ("v_min",)),
     ):
         yield ScheduleSpec(
             name=name,
