@@ -89,7 +89,7 @@ Table stage_to_rank(const Schedule& schedule) {
   return table;
 }
 
-const char* placement_of(const Schedule& schedule) {
+const char* placement_name(const Schedule& schedule) {
   const py::gil_scoped_release release;
   return placement_of(schedule, schedule.stage_to_rank()) == Placement::Loop ? "loop" : "v";
 }
@@ -137,7 +137,7 @@ void bind_schedule(py::module_& m) {
                              "The kinds of actions that occur: bit k is set for number k.")
       .def("codes", &codes, py::arg("rank"), "int64 [actions]: the packed actions of one rank.")
       .def("stage_to_rank", &stage_to_rank, "int32 [num_stages]: the rank of every stage.")
-      .def("placement", &placement_of, "'loop' or 'v': how the stages lie on the ranks.");
+      .def("placement", &placement_name, "'loop' or 'v': how the stages lie on the ranks.");
 }
 
 }  // namespace hfpp::python

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "dataflow.hpp"
 #include "error.hpp"
 #include "table.hpp"
 
@@ -15,10 +16,6 @@ namespace {
 
 using Round = std::uint32_t;  // no table has more actions than 32 bits can count
 using Index = std::uint32_t;  // of an action in the table
-
-bool goes_back(Kind kind) {
-  return kind == Kind::FullBackward || kind == Kind::BackwardInput;
-}
 
 // Inputs of computations, one place for each stage, microbatch and direction.
 class Inputs {
@@ -40,13 +37,13 @@ class Inputs {
   // What the computation takes from another stage.
   std::size_t taken_by(Action action) const {
     if (action.kind() == Kind::Forward && action.stage() > 0) return place(0, action, 0);
-    if (goes_back(action.kind()) && action.stage() < stages_ - 1) return place(1, action, 0);
+    if (is_backward(action.kind()) && action.stage() < stages_ - 1) return place(1, action, 0);
     return kNone;
   }
   // Whose input the computation makes, by its stage; -1: nobody's.
   std::int64_t taker(Action action) const {
     if (action.kind() == Kind::Forward && action.stage() < stages_ - 1) return action.stage() + 1;
-    return goes_back(action.kind()) ? action.stage() - 1 : -1;
+    return is_backward(action.kind()) ? action.stage() - 1 : -1;
   }
   std::size_t made_by(Action action) const {
     return action.kind() == Kind::Forward ? place(0, action, 1) : place(1, action, -1);
@@ -287,7 +284,7 @@ Schedule with_send_waits(const Schedule& table) {
                               " sends what its stage does not have, or sends it again");
           }
           pending[place(*part)] = true;
-        } else if (goes_back(part->kind()) && pending[place(*part)]) {
+        } else if (is_backward(part->kind()) && pending[place(*part)]) {
           pending[place(*part)] = false;
           wait(Kind::WaitSendForward, *part);
         }

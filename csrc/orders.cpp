@@ -3,11 +3,10 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdlib>
-#include <initializer_list>
-#include <utility>
 
+#include "building_block.hpp"
 #include "table.hpp"
+#include "v_row.hpp"
 
 namespace hfpp {
 
@@ -49,144 +48,6 @@ struct Rounds {
     const std::int64_t microbatch = turn / stages_per_rank * per_round + step % per_round;
     return {kind, local * pp_size + rank, microbatch};
   }
-};
-
-struct Part {
-  Kind kind;
-  std::size_t chunk;  // 0 on the way to the last rank, 1 on the way back
-};
-
-// Appends actions of the two stages of a v, counting microbatches per chunk and kind. A full
-// backward counts with the input backwards.
-class VRow {
- public:
-  VRow(Schedule& schedule, std::int64_t rank, std::int64_t pp_size, std::int64_t n_microbatches)
-      : schedule_(schedule),
-        stages_{rank, 2 * pp_size - 1 - rank},
-        n_microbatches_(n_microbatches) {}
-
-  // Repeats different parts; microbatches beyond the last are counted and left out.
-  void repeat(std::int64_t times, std::initializer_list<Part> parts) {
-    times = std::max<std::int64_t>(times, 0);
-    std::int64_t least = n_microbatches_;
-    for (const Part part : parts) least = std::min(least, count(part));
-    const std::int64_t written = std::min(times, n_microbatches_ - least);
-    for (std::int64_t i = 0; i < written; ++i) {
-      for (const Part part : parts) {
-        const Action action = next(part);
-        if (action.microbatch() < n_microbatches_) schedule_.add(action);
-      }
-    }
-    for (const Part part : parts) count(part) += times - written;
-  }
-
-  // A forward and a full backward as one.
-  void overlap(std::size_t forward_chunk, std::size_t backward_chunk) {
-    schedule_.add(next({F, forward_chunk}));
-    const Action backward = next({B, backward_chunk});
-    schedule_.add({B, backward.stage(), backward.microbatch(), true});
-  }
-
-  // The input's part of a backward, whose weights' part is put off.
-  void split(std::size_t chunk) {
-    put_off_.push_back(next({I, chunk}));
-    schedule_.add(put_off_.back());
-  }
-  // The weights' part of the earliest backward that lacks it; nothing where none does.
-  void weight() {
-    if (late_ < put_off_.size()) schedule_.add(put_off_[late_++].as(W));
-  }
-  bool has_put_off() const { return late_ < put_off_.size(); }
-
-  std::int64_t& count(Part part) { return counts_[part.chunk][slot(part.kind)]; }
-
- private:
-  static std::size_t slot(Kind kind) { return kind == F ? 0 : kind == W ? 2 : 1; }
-  Action next(Part part) { return {part.kind, stages_[part.chunk], count(part)++}; }
-
-  Schedule& schedule_;
-  std::array<std::int64_t, 2> stages_;
-  std::int64_t n_microbatches_;
-  std::array<std::array<std::int64_t, 3>, 2> counts_{};
-  std::vector<Action> put_off_;
-  std::size_t late_ = 0;  // how many of these have come
-};
-
-// The building block of a v schedule with controllable memory (arXiv 2405.15362): when each
-// computation of microbatch 0 starts on a rank, in units of one forward, one input part or one
-// weights' part of a chunk. Microbatch m does the same 6 * m units later: the six starts differ
-// modulo 6, so that the steady state has no idle time.
-class BuildingBlock {
- public:
-  // Units from rank to rank: `down` to the next in the forward of chunk 0 and the backward of chunk
-  // 1, `up` to the previous in the other two. At the turns of the v: units to wait at the last rank
-  // before the forward of chunk 1, at the first rank before the backward of chunk 1, and at the
-  // last before the backward of chunk 0.
-  struct Hops {
-    std::int64_t down;
-    std::int64_t up;
-    std::int64_t wait_last;
-    std::int64_t wait_first;
-    std::int64_t wait_back;
-  };
-
-  BuildingBlock(const Hops& hops, std::int64_t rank, std::int64_t pp_size) {
-    const std::int64_t way = (pp_size - 1) * (hops.down + hops.up) + 1;
-    const std::int64_t forward_1 = way + hops.wait_last;  // on rank 0, as the next two
-    const std::int64_t backward_1 = forward_1 + 1 + hops.wait_first;
-    const std::int64_t backward_0 = backward_1 + way + hops.wait_back;
-    passes_[0] = {{F, 0}, hops.down * rank};
-    passes_[1] = {{F, 1}, forward_1 - hops.up * rank};
-    passes_[2] = {{I, 1}, backward_1 + hops.down * rank};
-    passes_[3] = {{I, 0}, backward_0 - hops.up * rank};
-    place_weights();
-  }
-
-  // Writes the passes of all microbatches in the order of their starts.
-  void repeat(std::int64_t n_microbatches, VRow& row) {
-    std::array<std::int64_t, 6> left;
-    left.fill(n_microbatches);
-    for (std::int64_t i = 0; i < 6 * n_microbatches; ++i) {
-      std::size_t first = 6;
-      for (std::size_t j = 0; j < 6; ++j) {
-        if (left[j] > 0 && (first == 6 || passes_[j].start < passes_[first].start)) first = j;
-      }
-      row.repeat(1, {passes_[first].part});
-      passes_[first].start += 6;
-      --left[first];
-    }
-  }
-
- private:
-  struct Pass {
-    Part part;
-    std::int64_t start;
-  };
-
-  // The weights' parts take the two units of six that are left, each as soon after its input part
-  // as can be: the sum of both delays is the least, then their difference.
-  void place_weights() {
-    std::array<std::int64_t, 2> left{};
-    std::size_t found = 0;
-    for (std::int64_t unit = 0; unit < 6; ++unit) {
-      const bool taken = std::any_of(passes_.begin(), passes_.begin() + 4,
-                                     [unit](const Pass& pass) { return pass.start % 6 == unit; });
-      if (!taken) left.at(found++) = unit;
-    }
-    const auto delay = [&](std::size_t pass, std::int64_t unit) {
-      return ((unit - passes_[pass].start) % 6 + 6) % 6;
-    };
-    std::array<std::int64_t, 2> best{delay(2, left[0]), delay(3, left[1])};
-    const std::array<std::int64_t, 2> other{delay(2, left[1]), delay(3, left[0])};
-    const auto cost = [](const std::array<std::int64_t, 2>& delays) {
-      return std::pair(delays[0] + delays[1], std::abs(delays[0] - delays[1]));
-    };
-    if (cost(other) < cost(best)) best = other;
-    passes_[4] = {{W, 1}, passes_[2].start + best[0]};
-    passes_[5] = {{W, 0}, passes_[3].start + best[1]};
-  }
-
-  std::array<Pass, 6> passes_{};
 };
 
 }  // namespace
