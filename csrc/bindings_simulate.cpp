@@ -50,15 +50,8 @@ std::unique_ptr<Simulation> simulate(
   return std::make_unique<Simulation>(schedule, costs);
 }
 
-std::int64_t checked_rank(const Simulation& simulation, py::handle argument) {
-  const std::int64_t rank = integer(argument, "rank");
-  if (rank >= 0 && rank < simulation.pp_size()) return rank;
-  throw py::index_error(named("rank", rank) + " must be in [0, " +
-                        std::to_string(simulation.pp_size()) + ").");
-}
-
 py::tuple report(const Simulation& simulation, py::handle rank) {
-  const RankReport& r = simulation.report(checked_rank(simulation, rank));
+  const RankReport& r = simulation.report(rank_of(simulation.schedule(), rank));
   return py::make_tuple(
       py::make_tuple(r.busy, r.start, r.activations, r.gradients, r.communication, r.end),
       py::make_tuple(r.own.start, r.own.end),
@@ -67,10 +60,10 @@ py::tuple report(const Simulation& simulation, py::handle rank) {
 }
 
 py::list spans(const Simulation& simulation, py::handle argument) {
-  const std::int64_t rank = checked_rank(simulation, argument);
-  require_objects("spans()", simulation.size(rank));
-  py::list spans(simulation.size(rank));
-  for (std::int64_t i = 0; i < simulation.size(rank); ++i) {
+  const std::int64_t rank = rank_of(simulation.schedule(), argument);
+  require_objects("spans()", simulation.schedule().size(rank));
+  py::list spans(simulation.schedule().size(rank));
+  for (std::int64_t i = 0; i < simulation.schedule().size(rank); ++i) {
     const Span& span = simulation.spans(rank)[i];
     PyList_SET_ITEM(spans.ptr(), i, py::make_tuple(span.start, span.end).release().ptr());
   }
@@ -79,7 +72,8 @@ py::list spans(const Simulation& simulation, py::handle argument) {
 
 py::list transfers(const Simulation& simulation, py::handle argument) {
   py::list list;
-  for (const Simulation::Sent& sent : simulation.sent_by(checked_rank(simulation, argument))) {
+  for (const Simulation::Sent& sent :
+       simulation.sent_by(rank_of(simulation.schedule(), argument))) {
     list.append(py::make_tuple(sent.route.source, sent.route.target, sent.route.gradient,
                                sent.route.producer, sent.action.microbatch(), sent.span.start,
                                sent.span.end));

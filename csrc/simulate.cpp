@@ -96,8 +96,7 @@ void Simulation::count_receive_buffers(const TransferCosts& costs) {
       if (!is_compute(part->kind()) || !transfers_.takes(*part)) continue;
       const Route route = transfers_.input(*part);
       if (!route.crosses()) continue;
-      const Action* last = part;
-      while (last + 1 != row_end && (last + 1)->joined()) ++last;
+      const Action* const last = group_end(part, row_end) - 1;
       const std::int64_t bytes = transfers_.bytes(costs, route);
       begins.emplace_back(transfers_[route].span.start, bytes);
       ends.emplace_back((spans(rank) + (last - schedule_.begin(rank)))->end, bytes);

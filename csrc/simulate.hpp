@@ -56,7 +56,7 @@ class Simulation {
   double step_time() const { return step_time_; }
   // All ranks' idle time over all ranks' time.
   double idle_share() const;
-  std::int64_t pp_size() const { return schedule_.pp_size(); }
+  const Schedule& schedule() const { return schedule_; }
   const RankReport& report(std::int64_t rank) const {
     return reports_[static_cast<std::size_t>(rank)];
   }
@@ -64,7 +64,6 @@ class Simulation {
   const Span* spans(std::int64_t rank) const {
     return spans_.data() + (schedule_.begin(rank) - schedule_.begin(0));
   }
-  std::int64_t size(std::int64_t rank) const { return schedule_.size(rank); }
 
   // What leaves for another rank when a computation of that rank is done.
   struct Sent {

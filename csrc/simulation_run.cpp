@@ -57,8 +57,7 @@ void SimulationRun::run() {
 
 bool SimulationRun::step(Row& row) {
   const Action* const first = row.next;
-  const Action* last = first + 1;
-  while (last != row.end && last->joined()) ++last;
+  const Action* const last = group_end(first, row.end);
   for (const Action* part = first; last - first > 1 && part != last; ++part) {
     if (!is_compute(part->kind())) fail(part, "an overlapped group holds computations only");
   }
