@@ -66,7 +66,7 @@ class Messages {
       : table_(table),
         source_(source),
         ranks_(table.stage_to_rank()),
-        inputs_(table),
+        inputs_(source),
         first_(table.pp_size() > 0 ? table.begin(0) : nullptr) {}
 
   Schedule run() {

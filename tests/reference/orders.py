@@ -7,6 +7,7 @@ idle time is left out, as it follows from the order and the costs.
 from __future__ import annotations
 
 from collections import Counter, deque
+from itertools import permutations
 from typing import TYPE_CHECKING
 
 from hfpp.plan.actions import Action, ActionKind
@@ -22,6 +23,7 @@ __all__ = [
     "interleaved_zero_bubble",
     "looped_bfs",
     "one_f_one_b",
+    "building_block",
     "rank_actions",
     "zbv_zero_bubble",
 ]
@@ -230,6 +232,95 @@ def dual_pipe_v(rank: int, pp_size: int, n_microbatches: int) -> list[Action]:
     return w.actions
 
 
+def zb_h2(rank: int, pp_size: int, n_microbatches: int) -> list[Action]:
+    """ZB-H2 (arXiv 2401.10241, section 2.2), as a rank that looks at what it has decides.
+
+    It runs a weights' part when more than ``2 * rank`` wait, else a forward while fewer than
+    ``2 * (pp_size - rank) - 1`` microbatches are between forward and input part, else an input
+    part, and what weights' parts are left in the end.
+    """
+    done = dict.fromkeys((F, I, W), 0)
+    actions = []
+    while done[W] < n_microbatches:
+        if done[I] - done[W] > 2 * rank:
+            kind = W
+        elif done[F] < n_microbatches and done[F] - done[I] < 2 * (pp_size - rank) - 1:
+            kind = F
+        else:
+            kind = I if done[I] < n_microbatches else W
+        actions.append(Action(rank, kind, done[kind]))
+        done[kind] += 1
+    return actions
+
+
+HOPS = {
+    "VHalf": lambda pp_size: ((1, 2), (1, 0, 0) if pp_size % 2 else (3, 0, 4)),
+    "VMin": lambda pp_size: ((1, 1), (0, 0, 0) if pp_size % 3 else (2, 0, 2)),
+}
+"""Of a v schedule: the units from rank to rank, down and up, and those to wait at each turn."""
+
+
+def building_block(
+    pp_size: int, hops: tuple[int, int], waits: tuple[int, int, int]
+) -> list[dict[tuple[int, ActionKind], int]] | None:
+    """When each rank computes what of microbatch 0 (arXiv 2405.15362), walking the v twice.
+
+    Microbatch m does the same 6 * m units later. Forward, input part and weights' part take a unit.
+
+    Args:
+        pp_size: number of ranks.
+        hops: units from a stage to the next rank's, on the way down and on the way up.
+        waits: units to wait where the way turns: at the last rank before the forward up, at the
+            first before the backward down, at the last before the backward up.
+
+    Returns:
+        By rank: start by chunk and kind; None where two computations would meet on a rank.
+    """
+    ranks = range(pp_size)
+    starts: list[dict[tuple[int, ActionKind], int]] = [{} for _ in ranks]
+    now = 0
+    for chunk, kind, way, hop, wait in (
+        (0, F, ranks, hops[0], 0),
+        (1, F, ranks[::-1], hops[1], waits[0]),
+        (1, I, ranks, hops[0], waits[1]),
+        (0, I, ranks[::-1], hops[1], waits[2]),
+    ):
+        now += wait
+        for rank in way:
+            starts[rank][chunk, kind] = now
+            now += hop if rank != way[-1] else 1
+    for times in starts:
+        free = set(range(6)) - {start % 6 for start in times.values()}
+        if len(free) != 2:
+            return None
+        delays = (
+            tuple((unit - times[chunk, I]) % 6 for chunk, unit in ((1, first), (0, second)))
+            for first, second in permutations(sorted(free))
+        )
+        best = min(delays, key=lambda delay: (sum(delay), abs(delay[0] - delay[1]), delay))
+        times[1, W], times[0, W] = times[1, I] + best[0], times[0, I] + best[1]
+    return starts
+
+
+def repeated(
+    block: list[dict[tuple[int, ActionKind], int]], rank: int, n_microbatches: int
+) -> list[Action]:
+    """One rank's computations of all microbatches in the order of their starts."""
+    stages = (rank, 2 * len(block) - 1 - rank)
+    starts = sorted(
+        (start + 6 * m, stages[chunk], kind, m)
+        for (chunk, kind), start in block[rank].items()
+        for m in range(n_microbatches)
+    )
+    return [Action(stage, kind, m) for _, stage, kind, m in starts]
+
+
+def _v_schedule(name: str, rank: int, pp_size: int, n_microbatches: int) -> list[Action]:
+    block = building_block(pp_size, *HOPS[name](pp_size))
+    assert block is not None
+    return repeated(block, rank, n_microbatches)
+
+
 def rank_actions(
     name: str, *, rank: int, pp_size: int, stages_per_rank: int, n_microbatches: int
 ) -> list[Action]:
@@ -249,5 +340,9 @@ def rank_actions(
             return zbv_zero_bubble(rank, pp_size, n_microbatches)
         case "DualPipeV":
             return dual_pipe_v(rank, pp_size, n_microbatches)
+        case "ZBH2":
+            return zb_h2(rank, pp_size, n_microbatches)
+        case "VHalf" | "VMin":
+            return _v_schedule(name, rank, pp_size, n_microbatches)
         case _:
             raise KeyError(name)

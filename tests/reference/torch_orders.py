@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.pipelining import schedules as torch_schedules
+
+from hfpp.plan.schedule import SCHEDULES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def _is_known(name: str) -> bool:
+    try:
+        torch_schedules.get_schedule_class(name)
+    except ValueError:
+        return False
+    return True
+
+
+TORCH_NAMES = tuple(name for name in SCHEDULES if _is_known(name))
+"""The schedules that torch has a class for."""
+
+_KNOWN = inspect.signature(torch_schedules._add_unshard_reshard).parameters
+
+LOWERING = {
+    "wait_send": hasattr(torch_schedules, "_add_wait_send"),
+    "wait_reduce_grad": hasattr(torch_schedules, "WAIT_REDUCE_GRAD"),
+    "ordered_reshard": "unshard_lookahead" in _KNOWN,
+}
+"""How this version of torch lowers, as arguments of `hfpp.plan.lowering.lower`."""
 
 
 def torch_schedule(
@@ -51,10 +78,10 @@ def torch_order(
     ]
 
 
-def torch_communication(
+def torch_lowered(
     name: str, *, pp_size: int, stages_per_rank: int, n_microbatches: int
 ) -> list[list[str]]:
-    """The same with the sends and receives that torch's own pass adds."""
+    """All that torch itself runs of a schedule that it runs from a table."""
     schedule = torch_schedule(
         name,
         rank=0,
@@ -62,9 +89,27 @@ def torch_communication(
         stages_per_rank=stages_per_rank,
         n_microbatches=n_microbatches,
     )
+    rows = schedule.pipeline_order_with_comms
+    return [[str(action) for action in rows[rank]] for rank in range(pp_size)]
+
+
+def torch_messages(
+    rows: list[list[str]], stage_to_rank: Sequence[int], num_stages: int
+) -> list[list[str]]:
+    """Rows with the sends and receives that torch's own pass adds."""
     lowered = torch_schedules._add_send_recv(
-        {rank: [a for a in schedule.pipeline_order[rank] if a] for rank in range(pp_size)},
-        stage_to_rank=lambda stage: schedule.stage_index_to_group_rank[stage],
-        num_stages=pp_size * stages_per_rank,
+        dict(enumerate(map(torch_row, rows))),
+        stage_to_rank=lambda stage: stage_to_rank[stage],
+        num_stages=num_stages,
     )
-    return [[str(action) for action in lowered[rank]] for rank in range(pp_size)]
+    return [[str(action) for action in lowered[rank]] for rank in range(len(rows))]
+
+
+def torch_unshard(row: list[str]) -> list[str]:
+    """A row with the gathering and freeing of parameters that torch's own pass adds."""
+    return [str(action) for action in torch_schedules._add_unshard_reshard(torch_row(row))]
+
+
+def torch_row(row: list[str]) -> list[Any]:
+    """Actions of torch."""
+    return [torch_schedules._Action.from_str(text) for text in row]
