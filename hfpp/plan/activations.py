@@ -84,38 +84,29 @@ def head_bytes(shape: ModelShape, work: Workload) -> int:
 
 
 def forward_bytes(shape: ModelShape, work: Workload) -> int:
-    """Bytes that all layers of a stage keep together per microbatch.
-
-    Angles of rotary embeddings, and masks of windows where kernels want them.
-    """
+    """Bytes that all layers of a stage keep together: the angles of rotary embeddings."""
     attentions = [m for layer in shape.layers for m in layer.mixers if isinstance(m, Attention)]
     angles = 2 * max((part.head_dim for part in attentions), default=0) * work.seq_len
-    masks = work.attention == "sdpa" and any(part.reach is not None for part in attentions)
-    scores = work.microbatch_size * work.seq_len**2 if masks else 0
-    return round((angles + scores) * work.width / work.cp)
+    return round(angles * work.width / work.cp)
 
 
 def split_backward_bytes(layer: LayerShape, work: Workload) -> int:
-    """Bytes that stay between the two parts of a split backward.
+    """Bytes that lie beside what is kept between the two parts of a split backward.
 
-    Every matrix's input and the gradient of its output.
+    The gradients of what matrices and norms gave, from which those of their weights are made.
     """
-    width = work.width
-    per_token = 0.0
+    outputs = float(sum(layer.norms))
     for mixer in layer.mixers:
-        linears = mixer.linears
-        per_token += sum(linear.outputs for linear in linears) * width
-        per_token += (linears[-1].inputs + linears[0].inputs) * width
+        outputs += sum(linear.outputs for linear in mixer.linears)
     for part in layer.feed_forwards:
-        rows, dense = (part.top_k, part.expert) if isinstance(part, Experts) else (1, part)
-        for linears, times in (
-            (dense.linears, rows),
-            (part.shared.linears if isinstance(part, Experts) and part.shared else (), 1),
-        ):
-            per_token += times * width * sum(linear.outputs for linear in linears)
-            if linears:
-                per_token += times * width * (linears[0].inputs + linears[-1].inputs)
-    return round(work.tokens / work.tp * per_token)
+        if isinstance(part, Experts):
+            outputs += part.top_k * sum(linear.outputs for linear in part.expert.linears)
+            shared = part.shared.linears if part.shared is not None else ()
+            outputs += part.router.outputs + sum(linear.outputs for linear in shared)
+        else:
+            outputs += sum(linear.outputs for linear in part.linears)
+    outputs += sum(linear.outputs for linear in layer.linears)
+    return round(work.tokens / work.tp * outputs * work.width)
 
 
 def _hidden(layer: LayerShape) -> int:
@@ -150,10 +141,10 @@ def _attention(part: Attention, work: Workload) -> float:
     scores = part.heads * work.seq_len
     is_fused = part.head_dim == part.value_dim or work.attention == "flash"
     if work.attention != "eager" and is_fused:
-        if (
-            work.attention == "sdpa" and part.reach is not None
-        ):  # masks want as many keys as queries
+        if work.attention == "sdpa" and part.reach is not None:
+            # With a mask there are as many heads of keys as of queries.
             keys, values = queries, out
+            kept += work.seq_len * width
         kept += (queries + keys + values) * width + part.heads * _FLOAT
         if part.is_fused:  # what is not rotated, and the output laid out anew
             kept += (queries + keys + out) * width

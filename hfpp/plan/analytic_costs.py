@@ -100,6 +100,7 @@ def workload_costs(shape: ModelShape, work: Workload, hardware: Hardware) -> Mod
         PipelineConfigError: more ranks than there is to share.
     """
     _check_shares(shape, work)
+    logits = work.tokens / work.tp * shape.vocab_size * work.width
     made: dict[int, UnitCost] = {}
     for layer in shape.layers:
         if id(layer) not in made:
@@ -117,6 +118,7 @@ def workload_costs(shape: ModelShape, work: Workload, hardware: Hardware) -> Mod
             hardware,
             parameters=head_parameters(shape, work),
             activation_bytes=head_bytes(shape, work),
+            weight_bytes=head_bytes(shape, work) + round(logits),
         ),
         boundary_bytes=round(work.tokens / work.tp * shape.hidden_size * work.width),
         source="analytic",
@@ -147,6 +149,7 @@ def _layer_cost(layer: LayerShape, work: Workload, hardware: Hardware) -> UnitCo
     operations = list(layer_operations(layer, work))
     again = [op for op in operations if work.recompute == "full" or op.kind == "mixer"]
     sent = _sent_seconds(layer, work, hardware)
+    kept = layer_bytes(layer, work)
     return _unit(
         operations,
         hardware,
@@ -154,8 +157,8 @@ def _layer_cost(layer: LayerShape, work: Workload, hardware: Hardware) -> UnitCo
         sent=sent,
         sent_again=sent if work.recompute == "full" else 0.0,
         parameters=layer_parameters(layer, work),
-        activation_bytes=layer_bytes(layer, work),
-        weight_bytes=split_backward_bytes(layer, work),
+        activation_bytes=kept,
+        weight_bytes=kept + split_backward_bytes(layer, work),  # torch frees nothing in between
     )
 
 
