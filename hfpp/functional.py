@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from hfpp._core import Table
     from hfpp.check.report import CheckReport
+    from hfpp.plan.costs import ModelCosts
+    from hfpp.plan.partition_spec import PartitionSpec
     from hfpp.plan.pipeline_plan import PipelinePlan
     from hfpp.runtime.pipeline import Pipeline
 
@@ -594,6 +596,8 @@ def pipeline_model(
     tensor_dtype: torch.dtype | None = None,
     verify: Literal["logits", "grads"] | None = None,
     plan: PipelinePlan | str | PathLike[str] | None = None,
+    partition: PartitionSpec | str | Sequence[int] | Sequence[Sequence[str]] | None = None,
+    costs: ModelCosts | None = None,
 ) -> Pipeline:
     """Turns a model into a pipeline: splits it, parallelizes the parts and builds the schedule.
 
@@ -644,6 +648,11 @@ def pipeline_model(
         plan: A plan that `hfpp plan --out` wrote, or a `PipelinePlan`: it sets the schedule, the
             partition, the batch sizes and the sequence length. What is given beside it must agree,
             and so must the model and the pipeline's, tensor and context parallel sizes of the mesh.
+        partition: Where to cut, in any spelling of `hfpp.plan.partition_grammar`: "uniform",
+            "balanced" (the slowest rank as fast as can be), "7,8,9,8", "Et*3|(t*4|)*2tL" and
+            others; None cuts uniformly. Counts and layouts say how many stages there are.
+        costs: What "balanced" goes by, as `hfpp profile` measures it; None estimates it from the
+            model's config, or else from its parameters.
 
     Returns:
         A named tuple ``(schedule, model_parts, has_first_stage, has_last_stage, stages)``.
@@ -696,6 +705,8 @@ def pipeline_model(
         tensor_dtype=tensor_dtype,
         verify=check,
         plan=plan,
+        partition=partition,
+        costs=costs,
     )
 
 

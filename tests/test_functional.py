@@ -31,7 +31,7 @@ ParallelizeFnProtocol.__call__(self, model, world_mesh, moe_mesh, *, dp_axis_nam
 
 ADDED = {
     "split_model_into_stages": ["pipeline_parallel_schedule_csv"],
-    "pipeline_model": ["verify", "plan"],
+    "pipeline_model": ["verify", "plan", "partition", "costs"],
 }
 
 

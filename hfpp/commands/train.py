@@ -20,6 +20,8 @@ def run(given: argparse.Namespace) -> int:
         text=given.text,
         pp=given.pp,
         schedule=given.schedule,
+        partition=given.partition,
+        costs=given.costs,
         microbatch_size=given.microbatch_size,
         batch_size=given.batch_size,
         seq_len=given.seq_len,
@@ -76,6 +78,22 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         metavar="NAME",
         default=usual.schedule,
         help=f"one of {', '.join(SCHEDULES)}, in any case, or an alias{_DEFAULT}",
+    )
+    add(
+        "--partition",
+        metavar="CUTS",
+        default=usual.partition,
+        help="where to cut: balanced (the slowest rank as fast as can be), uniform, parameters, "
+        "type:REGEX, layers per stage as 3,2,2,1, first=3,last=1, "
+        "input_weight=1,output_weight=2, a layout as Et*3|(t*2|)*2tL, or lists of module "
+        f"names{_DEFAULT}",
+    )
+    add(
+        "--costs",
+        type=Path,
+        metavar="FILE",
+        default=usual.costs,
+        help="what hfpp profile measured, for balanced (default: estimated from the model's shape)",
     )
     for name, text in (
         ("microbatch-size", "sequences per microbatch"),

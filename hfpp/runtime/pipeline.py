@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -12,9 +13,11 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage
 
 from hfpp.errors import PipelineConfigError
+from hfpp.plan.partition_grammar import parse_partition
 from hfpp.plan.schedule import find_schedule
 from hfpp.runtime.build_schedule import build_pipeline_schedule, check_pipeline_schedule
 from hfpp.runtime.data_parallel import ReducingStage
+from hfpp.runtime.live_partition import LivePartition
 from hfpp.runtime.needed_gradients import SparingStage
 from hfpp.runtime.planned import follow_plan
 from hfpp.runtime.preflight import agree, model_facts
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from hfpp.plan.actions import ScheduleTable
+    from hfpp.plan.costs import ModelCosts
+    from hfpp.plan.partition_spec import PartitionSpec
     from hfpp.plan.pipeline_plan import PipelinePlan
     from hfpp.runtime.torch_compat import TorchSchedule
 
@@ -79,6 +84,8 @@ def pipeline_model(
     tensor_dtype: torch.dtype | None = None,
     verify: Callable[[nn.Module, int], None] | None = None,
     plan: PipelinePlan | str | PathLike[str] | None = None,
+    partition: PartitionSpec | str | Sequence[int] | Sequence[Sequence[str]] | None = None,
+    costs: ModelCosts | None = None,
 ) -> Pipeline:
     """Split, parallelize, schedule: see `hfpp.functional.pipeline_model`.
 
@@ -111,6 +118,7 @@ def pipeline_model(
                     "pipeline_parallel_schedule_csv": pipeline_parallel_schedule_csv,
                     "layers_per_stage": layers_per_stage,
                     "module_fqns_per_model_part": module_fqns_per_model_part,
+                    "partition": partition,
                     "round_to_pp_multiple": round_to_pp_multiple,
                     "microbatch_size": microbatch_size,
                     "local_batch_size": local_batch_size,
@@ -127,12 +135,22 @@ def pipeline_model(
         if plan is None:
             _check_sizes(microbatch_size=microbatch_size, local_batch_size=local_batch_size)
         _check_seq_len(seq_len)
+        cut = _partition(
+            partition,
+            None if plan is not None else module_fqns_per_model_part,
+            device=device,
+            costs=costs,
+            microbatch_size=size,
+            seq_len=seq_len,
+        )
         facts |= {
             "pipeline_parallel_schedule": pipeline_parallel_schedule,
             "pipeline_parallel_schedule_csv": _contents(pipeline_parallel_schedule_csv),
             "layers_per_stage": layers_per_stage,
             "round_to_pp_multiple": round_to_pp_multiple,
             "module_fqns_per_model_part": module_fqns_per_model_part,
+            "partition": None if cut is None else [cut.spec.text, cut.spec.names],
+            "costs": None if costs is None else asdict(costs),
             "microbatch_size": size,
             "local_batch_size": batch,
             "patch_inner_model": patch_inner_model,
@@ -162,6 +180,7 @@ def pipeline_model(
             stage_class=ReducingStage if reduce_grad_per_microbatch else SparingStage,
             names_argument="module_fqns_per_model_part",
             verify=verify,
+            partition=cut,
         )
         check_pipeline_schedule(
             csv,
@@ -217,6 +236,22 @@ def _all_ranks(world_mesh: DeviceMesh, pp_axis_name: str) -> dist.ProcessGroup:
         return dist.group.WORLD
     _check_axes(world_mesh, pp_axis_name=pp_axis_name)
     return world_mesh[pp_axis_name].get_group()
+
+
+def _partition(
+    partition: PartitionSpec | str | Sequence[int] | Sequence[Sequence[str]] | None,
+    names: list[list[str]] | None,
+    **known: Any,
+) -> LivePartition | None:
+    if partition is None:
+        return None
+    spec = parse_partition(partition)
+    if names is not None:
+        raise PipelineConfigError(
+            f"partition ({spec.text!r}) and module_fqns_per_model_part both say where to cut: give "
+            f"one of them."
+        )
+    return LivePartition(spec=spec, **known)
 
 
 def _check_axes(world_mesh: DeviceMesh, **axes: Any) -> None:

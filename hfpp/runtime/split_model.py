@@ -15,6 +15,7 @@ from torch.distributed.pipelining import PipelineStage
 
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.partition import calculate_virtual_stages, check_rounding, uniform_offsets
+from hfpp.plan.partition_spec import PartitionKind
 from hfpp.plan.placement import Placement, stage_ids_this_rank
 from hfpp.plan.schedule import ScheduleTable, find_schedule, read_csv
 from hfpp.runtime.anatomy import Anatomy
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 
     from torch.distributed.device_mesh import DeviceMesh
 
+    from hfpp.runtime.live_partition import LivePartition
+
 logger = logging.getLogger(__name__)
 
 
@@ -65,14 +68,19 @@ def split_model_into_stages(
     stage_class: type[PipelineStage] = SparingStage,
     names_argument: str = "module_names_per_stage",
     verify: Callable[[nn.Module, int], None] | None = None,
+    partition: LivePartition | None = None,
 ) -> tuple[list[PipelineStage], list[nn.Module]]:
     """Split ``model``: see `hfpp.functional.split_model_into_stages`.
 
     Beyond it: a table in place of a CSV file; ``anatomy``, where it is known; the ``stage_class``
-    to wrap modules in; what the caller calls ``module_names_per_stage``; and what is called with
-    the model and the number of stages before anything is built, to raise where they do not fit.
+    to wrap modules in; what the caller calls ``module_names_per_stage``; what is called with
+    the model and the number of stages before anything is built, to raise where they do not fit; and
+    another partition than the uniform one.
     """
     check_rounding(round_to_pp_multiple)
+    if partition is not None and partition.spec.kind is PartitionKind.NAMES:
+        names_argument = partition.spec.argument
+        module_names_per_stage = [list(names) for names in partition.spec.names]
     mesh = pp_mesh[pp_axis_name] if pp_mesh.ndim > 1 else pp_mesh
     pp_size, pp_rank, group = mesh.size(), mesh.get_local_rank(), mesh.get_group()
     layout = _layout(pp_schedule, pipeline_parallel_schedule_csv)
@@ -84,6 +92,8 @@ def split_model_into_stages(
         anatomy = _try_anatomy(model) if layout.single and pp_size == 1 else find_anatomy(model)
     if module_names_per_stage is not None:
         num_stages = len(module_names_per_stage)
+    elif partition is not None and partition.spec.num_stages is not None:
+        num_stages = partition.spec.num_stages
     elif layers_per_stage is None and layout.stages_per_rank is not None:
         num_stages = pp_size * layout.stages_per_rank
     else:
@@ -105,6 +115,12 @@ def split_model_into_stages(
         verify(model, num_stages)
     ids = stage_ids_this_rank(pp_rank, pp_size, num_stages, layout.placement.value)
     if own_forward:
+        if partition is not None and partition.spec.kind is not PartitionKind.UNIFORM:
+            raise PipelineConfigError(
+                f"{partition.spec.argument} ({partition.spec.text!r}) needs to know the layers of "
+                f"{type(model).__name__}, which keeps its own forward: use 'uniform' or lists of "
+                f"module names."
+            )
         modules = prune(model, module_names_per_stage, num_stages, ids, group, names_argument)
     elif anatomy is None:
         modules = [_whole_model(model, group)]
@@ -112,7 +128,8 @@ def split_model_into_stages(
         names = module_names_per_stage
         if names is None:
             names_argument = HOOK
-            names = _generated_names(model, anatomy, num_stages, layout)
+            offsets = _offsets(model, anatomy, num_stages, pp_size, layout, partition)
+            names = _generated_names(model, anatomy, offsets)
         offsets = offsets_of(names, anatomy, names_argument)
         ownership = find_ownership(model, anatomy, offsets, partial(stage_listing, names))
         check_module_names(names, anatomy, ownership, names_argument)
@@ -195,30 +212,46 @@ def _num_layers(model: nn.Module) -> int:
     return int(layers)
 
 
-def uniform_ownership(
-    model: nn.Module, anatomy: Anatomy, num_stages: int, schedule: str = "the schedule"
-) -> Ownership:
+def uniform_ownership(model: nn.Module, anatomy: Anatomy, num_stages: int) -> Ownership:
     """Who owns what when the layers are dealt out evenly.
 
     Raises:
         PipelineConfigError: if the model cannot be cut so.
     """
+    _check_layers(anatomy, num_stages, "the schedule")
+    return find_ownership(model, anatomy, uniform_offsets(num_stages, anatomy.num_layers).row())
+
+
+def _check_layers(anatomy: Anatomy, num_stages: int, schedule: str) -> None:
     if num_stages > anatomy.num_layers:
         raise PipelineConfigError(
             f"{schedule} on this pipeline has {num_stages} stages, but "
             f"{anatomy.model_name} has {anatomy.num_layers} layers, and every stage needs one: use "
             f"fewer ranks, or a schedule with fewer stages per rank."
         )
-    offsets = uniform_offsets(num_stages, anatomy.num_layers).row()
-    return find_ownership(model, anatomy, offsets)
+
+
+def _offsets(
+    model: nn.Module,
+    anatomy: Anatomy,
+    num_stages: int,
+    pp_size: int,
+    layout: _Layout,
+    partition: LivePartition | None,
+) -> tuple[int, ...]:
+    _check_layers(anatomy, num_stages, layout.schedule)
+    if partition is None:
+        return uniform_offsets(num_stages, anatomy.num_layers).row()
+    return partition.offsets(
+        model, anatomy, num_stages=num_stages, pp_size=pp_size, placement=layout.placement
+    )
 
 
 def _generated_names(
-    model: nn.Module, anatomy: Anatomy, num_stages: int, layout: _Layout
+    model: nn.Module, anatomy: Anatomy, offsets: tuple[int, ...]
 ) -> list[list[str]]:
-    """The uniform partition in the model's own names, or what the model's hook makes of it."""
-    ownership = uniform_ownership(model, anatomy, num_stages, layout.schedule)
-    names = module_names_of(ownership, anatomy)
+    """A partition in the model's own names, or what the model's hook makes of it."""
+    names = module_names_of(find_ownership(model, anatomy, offsets), anatomy)
     return customized(model, names, anatomy.layers_name.rpartition(".")[0])
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from hfpp.functional import causal_lm_loss, clip_grad_norm_, pipeline_model
+from hfpp.plan.costs_file import read_costs
 from hfpp.runtime.stage_boundary import boundary_of, own_layers
 from hfpp.train.errors import TrainingError
 from hfpp.train.events import RunShape, StageRow, StepMetrics
@@ -96,6 +97,8 @@ def _build(
         loss_fn=lambda logits, labels: causal_lm_loss(logits, labels, num_items=targets),
         parallelize_fn=_shard if replicas > 1 else None,
         seq_len=options.seq_len,
+        partition=options.partition,
+        costs=None if options.costs is None else read_costs(options.costs),
     )
     parameters = [p for part in pipeline.model_parts for p in part.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=options.lr)

@@ -8,6 +8,10 @@ from enum import StrEnum
 from pathlib import Path
 
 from hfpp.errors import PipelineConfigError
+from hfpp.plan.costs import ModelCosts
+from hfpp.plan.costs_file import read_costs
+from hfpp.plan.partition_grammar import parse_partition
+from hfpp.plan.partition_spec import PartitionSpec
 from hfpp.plan.schedule import ScheduleSpec, check_microbatches, find_schedule
 from hfpp.train.errors import OptionError
 
@@ -35,6 +39,8 @@ class TrainOptions:
         text: UTF-8 file to train on; None for the prose of Python's own `pydoc_data.topics`.
         pp: ranks of one pipeline.
         schedule: name or alias of a schedule.
+        partition: where the model is cut, in any spelling of `hfpp.plan.partition_grammar`.
+        costs: file of `hfpp profile` that `balanced` goes by; None estimates them.
         microbatch_size: sequences per microbatch.
         batch_size: sequences per step, over all data-parallel replicas.
         seq_len: tokens per sequence.
@@ -53,6 +59,8 @@ class TrainOptions:
     text: Path | None = None
     pp: int = 2
     schedule: str = "Interleaved1F1B"
+    partition: str = "balanced"
+    costs: Path | None = None
     microbatch_size: int = 2
     batch_size: int = 16
     seq_len: int = 128
@@ -101,6 +109,7 @@ class TrainOptions:
                 f"--verify compares curves to a few parts in a million, which --dtype {self.dtype} "
                 "cannot hold: use --dtype float32 or float64."
             )
+        self._check_stages()
         self.check_schedule(replicas=1)
 
     @property
@@ -112,14 +121,40 @@ class TrainOptions:
             raise OptionError(str(error)) from None
 
     @property
+    def partition_spec(self) -> PartitionSpec:
+        """The partition that is meant."""
+        try:
+            return parse_partition(self.partition, argument="--partition")
+        except PipelineConfigError as error:
+            raise OptionError(str(error)) from None
+
+    @property
     def stages_per_rank(self) -> int:
         """Stages that each rank holds."""
+        given = self.partition_spec.num_stages
+        if given is not None:
+            return given // self.pp
         return self.schedule_spec.stages_per_rank or _USUAL_STAGES_PER_RANK
 
     @property
     def num_stages(self) -> int:
         """Stages of the whole pipeline."""
         return self.pp * self.stages_per_rank
+
+    def _check_stages(self) -> None:
+        """A partition with a number of stages of its own must have one that the schedule takes."""
+        given, wanted = self.partition_spec.num_stages, self.schedule_spec.stages_per_rank
+        if given is None:
+            return
+        each, rest = divmod(given, self.pp)
+        if rest or (each != wanted and (wanted is not None or each < _USUAL_STAGES_PER_RANK)):
+            rule = "2 or more" if wanted is None else str(wanted)
+            right = self.pp * (wanted or max(_USUAL_STAGES_PER_RANK, each))
+            raise OptionError(
+                f"--partition ({_short(self.partition)}) has {given} stages, but --schedule "
+                f"{self.schedule} with --pp {self.pp} needs {rule} on each of the {self.pp} ranks: "
+                f"write a partition of {right} stages, or balanced."
+            )
 
     def n_microbatches(self, replicas: int) -> int:
         """Microbatches per step in each of `replicas` data-parallel pipelines."""
@@ -167,16 +202,31 @@ class TrainOptions:
         return True
 
     def check_layers(self, num_layers: int) -> None:
-        """Checks that the model has a layer for every stage.
+        """Checks that the model has a layer for every stage, and those that the options are for.
 
         Raises:
-            OptionError: it has fewer layers than stages, or none.
+            OptionError: it has fewer layers than stages, or none, or another number than the
+                partition or the costs.
         """
         if num_layers < 1:
             raise OptionError(
                 f"--model ({self.model}) has {num_layers} layers, and every stage needs one: give "
                 "a configuration with layers."
             )
+        counts = self.partition_spec.counts
+        if counts and sum(counts) != num_layers:
+            raise OptionError(
+                f"--partition ({_short(self.partition)}) gives its {len(counts)} stages "
+                f"{sum(counts)} layers, but the model has {num_layers}: make the counts sum to "
+                f"{num_layers}."
+            )
+        if self.costs is not None:
+            measured = len(_costs_in(self.costs).layers)
+            if measured != num_layers:
+                raise OptionError(
+                    f"--costs ({self.costs}) are of {measured} layers, but the model has "
+                    f"{num_layers}: profile this model."
+                )
         if self.num_stages > num_layers:
             fitting = num_layers // self.stages_per_rank
             remedy = f"use --pp {fitting} or less" if fitting else "use --pp 1 --schedule 1F1B"
@@ -184,6 +234,17 @@ class TrainOptions:
                 f"--pp ({self.pp}) with --schedule {self.schedule} makes {self.num_stages} stages, "
                 f"but the model has {num_layers} layers, and every stage needs one: {remedy}."
             )
+
+
+def _costs_in(file: Path) -> ModelCosts:
+    try:
+        return read_costs(file)
+    except (PipelineConfigError, OSError) as error:
+        raise OptionError(f"--costs: {error}") from None
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _flag(name: str) -> str:

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfpp import PipelineConfigError
+from hfpp.plan.costs import ModelCosts, UnitCost
+from hfpp.plan.costs_file import costs_as_json
 from hfpp.plan.schedule import SCHEDULES
 from hfpp.train.errors import OptionError
 from hfpp.train.options import RunDtype, TrainOptions
@@ -42,6 +44,10 @@ def test_the_defaults_fit_every_schedule(schedule, pp):
         ({"max_grad_norm": float("inf")}, "--max-grad-norm (inf)"),
         ({"schedule": "1F2B"}, "--schedule '1F2B' is unknown"),
         ({"verify": True, "dtype": RunDtype.BFLOAT16}, "--verify"),
+        ({"partition": "7,x"}, "--partition ('7,x'), column 3: 'x' is no count"),
+        ({"partition": "4,4"}, "--partition (4,4) has 2 stages, but --schedule Interleaved1F1B"),
+        ({"partition": "3,3,2"}, "--partition (3,3,2) has 3 stages"),
+        ({"partition": "2,2,2,2", "schedule": "1F1B"}, "--partition (2,2,2,2) has 4 stages"),
     ],
 )
 def test_errors_name_the_option(changes, named):
@@ -49,6 +55,25 @@ def test_errors_name_the_option(changes, named):
         TrainOptions(**changes)
     assert str(raised.value).startswith(named)
     assert isinstance(raised.value, PipelineConfigError)
+
+
+def test_a_partition_says_how_many_stages_there_are(tmp_path):
+    options = TrainOptions(partition="1,2,1,2,1,1")
+    assert (options.stages_per_rank, options.num_stages) == (3, 6)
+    options.check_layers(8)
+    with pytest.raises(OptionError, match=r"gives its 6 stages 8 layers, but the model has 9"):
+        options.check_layers(9)
+    unit = UnitCost(forward=1.0, backward_input=1.0, backward_weight=1.0)
+    costs = ModelCosts(
+        embedding=unit, layers=(unit,) * 7, head=unit, boundary_bytes=0, source="measured"
+    )
+    file = tmp_path / "costs.json"
+    file.write_text(costs_as_json(costs))
+    TrainOptions(costs=file).check_layers(7)
+    with pytest.raises(OptionError, match=r"--costs .* are of 7 layers, but the model has 8"):
+        TrainOptions(costs=file).check_layers(8)
+    with pytest.raises(OptionError, match=r"--costs: .*none.json: no such file"):
+        TrainOptions(costs=tmp_path / "none.json").check_layers(7)
 
 
 def test_an_unknown_schedule_lists_the_known_ones():

@@ -1,0 +1,200 @@
+"""Seconds and bytes of the parts of a live model: run each by itself, forward and backward."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfpp import _core
+from hfpp.plan.costs import ModelCosts, UnitCost
+from hfpp.profile.pieces import Piece, pieces_of
+from hfpp.runtime.find_anatomy import find_anatomy
+from hfpp.runtime.layer_list import list_of_layers
+from hfpp.runtime.loss import causal_lm_loss
+from hfpp.runtime.model_inputs import plain_ids
+
+__all__ = ["profile_model"]
+
+_WARM_UPS = 2
+_INDEX = re.compile(r"(layer|block)_?(idx|id|index|number|num)|^(idx|index)$")
+
+
+def profile_model(
+    model: nn.Module,
+    *,
+    microbatch_size: int,
+    seq_len: int,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = causal_lm_loss,
+    repeats: int = 10,
+) -> ModelCosts:
+    """Times the parts of a model where it is, in the dtype that it has.
+
+    Each layer is run with the arguments that the model gives it. Layers of the same class, sizes
+    and settings are timed once. What runs before the layers counts as the embedding, what runs
+    after them, with the loss, as the head. The backward of the inputs is timed by itself; that of
+    the weights is what a whole backward takes longer. Of several runs the median counts.
+
+    Bytes of activations are those of tensors that autograd keeps for the backward, without
+    parameters; between the halves of a split backward all of a layer's are taken to be kept.
+
+    Args:
+        model: on its device, with weights of any values.
+        microbatch_size: sequences.
+        seq_len: tokens per sequence.
+        loss_fn: of the model's output and the token ids.
+        repeats: runs of each part, after two to warm up.
+
+    Returns:
+        What the parts cost, measured.
+
+    Raises:
+        PipelineConfigError: a size below 1, or a model whose layers are not found.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+        >>> config = LlamaConfig(vocab_size=64, num_hidden_layers=3, **sizes)
+        >>> costs = profile_model(LlamaForCausalLM(config), microbatch_size=1, seq_len=8)
+        >>> len(costs.layers), costs.layers[0] == costs.layers[2]
+        (3, True)
+    """
+    for name, value in (
+        ("microbatch_size", microbatch_size),
+        ("seq_len", seq_len),
+        ("repeats", repeats),
+    ):
+        _core.checked_integer(name, value, minimum=1)
+    anatomy = find_anatomy(model)
+    device = next(model.parameters()).device
+    ids = _token_ids(model, microbatch_size, seq_len).to(device)
+    was_training = model.training
+    model.train()
+    try:
+        before, layers, after = pieces_of(model, anatomy, ids, loss_fn)
+        modules = list(list_of_layers(model.get_submodule(anatomy.layers_name)))
+        known: dict[Any, UnitCost] = {}
+        costs = []
+        for module, piece in zip(modules, layers, strict=True):
+            kind = _kind(module)
+            if kind not in known:
+                known[kind] = _measured(piece, device, repeats, model)
+            costs.append(known[kind])
+        cut = min(1, anatomy.num_layers - 1)
+        crossing = (
+            anatomy.slot_metas(cut, microbatch_size, seq_len, next(model.parameters()).dtype)
+            if cut
+            else ()
+        )
+        return ModelCosts(
+            embedding=_measured(before, device, repeats, model),
+            layers=tuple(costs),
+            head=_measured(after, device, repeats, model),
+            boundary_bytes=sum(_bytes(slot.shape, slot.dtype) for slot in crossing),
+            source="measured",
+        )
+    finally:
+        model.train(was_training)
+
+
+def _token_ids(model: nn.Module, batch: int, seq: int) -> Tensor:
+    """Random ids, but none that is special: they decide which experts are taken."""
+    plain = plain_ids(model, batch, seq)
+    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    rows = getattr(getattr(embeddings, "weight", None), "shape", (int(plain.max()) + 1,))[0]
+    special = set(range(int(plain.max()) + 1)) - set(plain.flatten().tolist())
+    values: dict[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
+    special |= {v for k, v in values.items() if k.endswith("token_id") and isinstance(v, int)}
+    drawn = torch.randint(rows, (batch, seq), generator=torch.Generator().manual_seed(0))
+    allowed = torch.tensor([value not in special for value in drawn.flatten().tolist()])
+    return torch.where(allowed.reshape(batch, seq), drawn, plain)
+
+
+def _kind(layer: nn.Module) -> Any:
+    """What decides how long a layer takes: classes, shapes and settings, without its place."""
+    parts = []
+    for name, module in layer.named_modules():
+        settings = tuple(
+            (key, value)
+            for key, value in sorted(vars(module).items())
+            if isinstance(value, int | float | str) and not _INDEX.search(key)
+        )
+        parts.append((name, type(module), settings))
+    shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters())
+    return (tuple(parts), shapes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Seconds of one run of a piece."""
+
+    forward: float
+    backward_input: float
+    backward: float
+
+
+def _measured(piece: Piece, device: torch.device, repeats: int, model: nn.Module) -> UnitCost:
+    runs = [_run(piece, device) for _ in range(_WARM_UPS + repeats)][_WARM_UPS:]
+    kept = _kept_bytes(piece, model)
+    backward_input = statistics.median(run.backward_input for run in runs)
+    backward = statistics.median(run.backward for run in runs)
+    return UnitCost(
+        forward=statistics.median(run.forward for run in runs),
+        backward_input=backward_input,
+        backward_weight=max(0.0, backward - backward_input),
+        parameters=sum(p.numel() for p in piece.parameters),
+        activation_bytes=kept,
+        weight_bytes=kept if piece.parameters else 0,
+    )
+
+
+def _run(piece: Piece, device: torch.device) -> _Run:
+    started = _now(device)
+    output = piece.run(piece.hidden)
+    forward = _now(device) - started
+    if not output.requires_grad:  # such as a frozen embedding
+        return _Run(forward, 0.0, 0.0)
+    gradient = torch.ones_like(output)
+    inputs = () if piece.hidden is None else (piece.hidden,)
+    backward_input = 0.0
+    if inputs:
+        started = _now(device)
+        torch.autograd.grad(output, inputs, gradient, retain_graph=True, allow_unused=True)
+        backward_input = _now(device) - started
+    started = _now(device)
+    torch.autograd.grad(output, (*inputs, *piece.parameters), gradient, allow_unused=True)
+    return _Run(forward, backward_input, _now(device) - started)
+
+
+def _kept_bytes(piece: Piece, model: nn.Module) -> int:
+    """Bytes that autograd keeps from the forward to the backward, each storage once."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = piece.run(piece.hidden)
+    total = sum(storages.values())
+    del output  # until here the storages are alive, and their addresses their own
+    return total
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
