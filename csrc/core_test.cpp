@@ -4,7 +4,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <initializer_list>
 #include <limits>
+#include <random>
 #include <string>
 #include <string_view>
 #include <tuple>
@@ -14,9 +16,11 @@
 #include "balance.hpp"
 #include "partition.hpp"
 #include "placement.hpp"
+#include "schedule.hpp"
 #include "schedule_csv.hpp"
 #include "schedule_json.hpp"
 #include "shapes.hpp"
+#include "verify.hpp"
 
 namespace {
 
@@ -297,6 +301,104 @@ void test_schedule_files() {
                             "nested deeper than 32 levels");
 }
 
+using Row = std::vector<hfpp::Action>;
+
+hfpp::Schedule schedule_of(std::initializer_list<Row> rows) {
+  hfpp::Schedule schedule("table");
+  for (const Row& row : rows) {
+    for (const hfpp::Action action : row) schedule.add(action);
+    schedule.end_row();
+  }
+  return schedule;
+}
+
+void test_verify() {
+  using K = hfpp::Kind;
+  const auto refused = [](const hfpp::Schedule& schedule, const std::string& part) {
+    check_throws<hfpp::ConfigError>([&] { hfpp::verify(schedule, std::nullopt); }, part);
+  };
+  const Row first{{K::Forward, 0, 0},
+                  {K::SendForward, 0, 0},
+                  {K::ReceiveBackward, 0, 0},
+                  {K::FullBackward, 0, 0}};
+  const Row second{{K::ReceiveForward, 1, 0},
+                   {K::Forward, 1, 0},
+                   {K::BackwardInput, 1, 0},
+                   {K::SendBackward, 1, 0},
+                   {K::BackwardWeight, 1, 0}};
+  const hfpp::Schedule good = schedule_of({first, second});
+  check(hfpp::verify(good, 1) == std::vector<std::int64_t>({1, 1}), "one activation each");
+  check(hfpp::verify(schedule_of({{{K::Forward, 0, 0}, {K::FullBackward, 0, 0}}}), 1).size() == 1,
+        "a single rank");
+  check_throws<hfpp::ConfigError>([&] { hfpp::verify(good, 0); }, "activation_limit (0)");
+
+  Row late = second;
+  std::swap(late[3], late[4]);
+  check(hfpp::verify(schedule_of({first, late}), 1).size() == 2, "W may come before the send");
+  std::swap(late[0], late[1]);
+  refused(schedule_of({first, late}), "rank 1, column 0, action 1F0: 1F0 comes without 1RECV_F0");
+  refused(schedule_of({first, {second.begin(), second.end() - 1}}), "action 1W0 is missing");
+  refused(schedule_of({{first[0], first[2], first[3]}, second}), "rank 0 has no counterpart");
+  refused(schedule_of({{first[0], first[2], first[3], first[1]}, second}), "deadlocks: rank 0");
+  refused(schedule_of({}), "no compute actions");
+
+  // Sends first on both ranks: only buffers save it.
+  const Row sends{{K::Forward, 0, 0},         {K::SendForward, 0, 0},     {K::Forward, 0, 1},
+                  {K::SendForward, 0, 1},     {K::ReceiveBackward, 0, 0}, {K::FullBackward, 0, 0},
+                  {K::ReceiveBackward, 0, 1}, {K::FullBackward, 0, 1}};
+  const Row crossing{{K::ReceiveForward, 1, 0}, {K::Forward, 1, 0},        {K::FullBackward, 1, 0},
+                     {K::SendBackward, 1, 0},   {K::ReceiveForward, 1, 1}, {K::Forward, 1, 1},
+                     {K::FullBackward, 1, 1},   {K::SendBackward, 1, 1}};
+  refused(schedule_of({sends, crossing}), "rank 0, column 3, action 0SEND_F1 waits for 1RECV_F1");
+
+  // Indices at the edge of what an action can have: an error, and no gigabytes.
+  const std::int64_t most = hfpp::Action::kMaxIndex;
+  refused(schedule_of({{{K::Forward, 0, most}, {K::FullBackward, 0, most}}}), "0F0 is missing");
+  refused(schedule_of({{{K::Forward, most, 0}, {K::FullBackward, most, 0}}}), "runs stage 0");
+  refused(schedule_of({{{K::Forward, 0, 0}, {K::Unshard, most, 0}}}), "does not live on this rank");
+}
+
+// Whatever the actions are, there is a verdict.
+void test_verify_anything() {
+  std::mt19937 chance(7);
+  const auto below = [&](std::size_t most) { return static_cast<std::int64_t>(chance() % most); };
+  int passed = 0;
+  int refused = 0;
+  for (int i = 0; i < 20000; ++i) {
+    std::vector<Row> rows(1 + chance() % 2);
+    for (std::size_t rank = 0; rank < rows.size(); ++rank) {
+      const auto stage = static_cast<std::int64_t>(rank);
+      for (const hfpp::Kind kind : {hfpp::Kind::Forward, hfpp::Kind::FullBackward}) {
+        for (std::int64_t m = 0; m < 2; ++m) rows[rank].push_back({kind, stage, m});
+      }
+    }
+    for (std::int64_t edits = below(4); edits > 0; --edits) {
+      Row& row = rows[chance() % rows.size()];
+      const auto kind = static_cast<hfpp::Kind>(below(hfpp::kKinds));
+      const hfpp::Action action(kind, below(3), below(3), !row.empty() && below(3) == 0);
+      const auto place = row.begin() + below(row.size() + 1);
+      if (below(3) == 0) {
+        row.insert(place, action);
+      } else if (place != row.end()) {
+        if (below(2) == 0) std::swap(*place, row.front());
+        if (below(2) == 0) row.erase(place);
+      }
+    }
+    hfpp::Schedule schedule("table");
+    for (const Row& row : rows) {
+      for (const hfpp::Action& a : row) schedule.add(&a == row.data() ? a.alone() : a);
+      schedule.end_row();
+    }
+    try {
+      hfpp::verify(schedule, 1 + below(2));
+      ++passed;
+    } catch (const hfpp::ConfigError&) {
+      ++refused;
+    }
+  }
+  check(passed > 1000 && refused > 1000, "some pass, some do not");
+}
+
 }  // namespace
 
 int main() {
@@ -306,6 +408,8 @@ int main() {
   test_balance();
   test_shapes();
   test_schedule_files();
+  test_verify();
+  test_verify_anything();
   std::printf("core_test: %d checks passed\n", checks);
   return 0;
 }
