@@ -323,15 +323,14 @@ bool SimulationRun::wait_for_send(Row& row, const Action* action, const Route& r
   if (std::isnan(message.sent)) {
     fail(action, text_of(*action) + " comes without its send before it on this rank");
   }
-  const double start = row.ledger.clock();
   if (communication_ == Communication::Beside) {
     if (std::isnan(message.span.end)) {
       row.waits_for = route.message;
       return false;
     }
-    row.ledger.communicate_until(std::max(start, message.span.end));
+    row.ledger.communicate_until(std::max(row.ledger.clock(), message.span.end));
   }
-  span(action) = {start, row.ledger.clock()};
+  span(action) = {row.ledger.clock(), row.ledger.clock()};
   return true;
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from hfpp import _core
@@ -194,8 +195,14 @@ def lock_step(table: ScheduleTable) -> Simulation:
         table: the actions of all ranks, with their communication.
 
     Raises:
-        PipelineConfigError: the table does not run to its end.
+        PipelineConfigError: the table does not run to its end, or has no communication.
     """
+    crossing = any(rank != following for rank, following in pairwise(table.stage_to_rank))
+    if crossing and not table.has_communication:
+        raise PipelineConfigError(
+            f"{table.name}: the table has no sends and receives, which are steps of their own: "
+            "use hfpp.plan.lowering.lower(table)"
+        )
     stages, boundaries = table.native.num_stages, max(table.native.num_stages - 1, 0)
     ones, none = [1.0] * stages, [0] * stages
     native = _core.simulate(
@@ -244,8 +251,8 @@ def _seconds_of_transfers(
             )
         seconds = [way.seconds(size) for way, size in zip(link, nbytes, strict=True)]
         return seconds, seconds
-    pairs = list(zip(table.stage_to_rank, table.stage_to_rank[1:], nbytes, strict=False))
+    pairs = list(pairwise(table.stage_to_rank))
     return (
-        [link(rank, following).seconds(size) for rank, following, size in pairs],
-        [link(following, rank).seconds(size) for rank, following, size in pairs],
+        [link(a, b).seconds(size) for (a, b), size in zip(pairs, nbytes, strict=True)],
+        [link(b, a).seconds(size) for (a, b), size in zip(pairs, nbytes, strict=True)],
     )
