@@ -267,7 +267,7 @@ class ScheduleTable:
     @cached_property
     def stages_by_rank(self) -> tuple[tuple[int, ...], ...]:
         """The stages of each rank, ascending."""
-        stages: list[list[int]] = [[] for _ in self.rows]
+        stages: list[list[int]] = [[] for _ in range(self.pp_size)]
         for stage, rank in enumerate(self.stage_to_rank):
             stages[rank].append(stage)
         return tuple(map(tuple, stages))

@@ -94,7 +94,8 @@ def uniform_costs(
     weight = backward / 2 if weight is None else weight
     if not 0 <= weight <= backward:
         raise PipelineConfigError(
-            f"weight ({weight}) must be from 0 to backward ({backward}), which it is a part of"
+            f"weight ({weight}) must be from 0 to backward ({backward}), which it is a part of: "
+            "use weight=None for a half of it"
         )
     cost = UnitCost(
         forward=forward,

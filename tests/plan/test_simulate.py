@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules
 
+from hfpp import _core
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.actions import Action, ActionKind, ScheduleTable, parse_action
 from hfpp.plan.costs import UnitCost
@@ -19,6 +21,7 @@ from hfpp.plan.lowering import lower
 from hfpp.plan.schedule import SCHEDULES, compute_table
 from hfpp.plan.simulate import Link, Simulation, lock_step, simulate, uniform_costs
 from hfpp.plan.verify import verify
+from tests.advice import check_advice
 from tests.plan.test_schedule import sizes, table_of
 from tests.reference import simulate as reference
 
@@ -449,7 +452,8 @@ def check_columns(table: ScheduleTable) -> None:
     try:
         step = lock_step(table)
     except PipelineConfigError:
-        with pytest.raises(ValueError, match="not progressing"):
+        # torch prints what it has, and stumbles over that where no rank did anything.
+        with pytest.raises((ValueError, IndexError), match=r"not progressing|index out of"):
             torch_columns(table)
         return
     expected = torch_columns(table)
@@ -471,3 +475,180 @@ def test_steps_of_any_table_are_torchs(seed: int, pp_size: int, num_stages: int,
     table = lower(ScheduleTable.from_rows("random", rows), unshard=False, reduce_grad=False)
     check_columns(table)
     check_columns(jostled(table, random.Random(seed), 0.3))
+
+
+# Communication, worked out by hand
+
+
+def spans(step: Simulation, rank: int) -> list[tuple[float, float]]:
+    return [(bar.start, bar.end) for bar in step.bars(rank)]
+
+
+def test_a_link_takes_one_transfer_at_a_time() -> None:
+    table = parse_table("0F0 0F1 0F2 0B0 0B1 0B2", "1F0 1F1 1F2 1B0 1B1 1B2")
+    costs = uniform_costs(2, forward=1.0, backward=2.0)
+    step = simulate(table, costs, link=Link(latency=1.0, bandwidth=5.0), boundary_bytes=10)
+    assert [(t.start, t.end) for t in step.transfers(0)] == [(1, 4), (4, 7), (7, 10)]
+    assert spans(step, 1)[:3] == [(4, 5), (7, 8), (10, 11)]
+    assert [(t.start, t.end) for t in step.transfers(1)] == [(13, 16), (16, 19), (19, 22)]
+    assert spans(step, 0)[3:] == [(16, 18), (19, 21), (22, 24)]
+    first, second = step.ranks
+    # 0F2 ends at 3; 1B0, which makes what rank 0 waits for, at 13.
+    assert (first.idle.gradients, first.idle.communication) == (10, 3 + 1 + 1)
+    assert (second.idle.start, second.idle.communication, second.idle.end) == (4, 2 + 2, 24 - 17)
+    assert (first.sent_bytes, first.received_bytes) == (30, 30)
+    assert str(step.transfers(1)[2].action) == "1SEND_B2"
+
+
+def test_without_overlap_both_ranks_spend_the_time() -> None:
+    table = parse_table("0F0 0F1 0B0 0B1", "1F0 1F1 1B0 1B1")
+    costs = uniform_costs(2, forward=1.0, backward=2.0)
+    step = simulate(table, costs, link=Link(latency=1.0), overlap=False)
+    assert spans(step, 0)[:2] == [(0, 1), (2, 3)]
+    assert spans(step, 1) == [(2, 3), (4, 5), (5, 7), (8, 10)]
+    assert spans(step, 0)[2:] == [(8, 10), (11, 13)]
+    first = step.rank(0)
+    assert (first.idle.gradients, first.idle.communication) == (7 - 4, 1 + 1 + 1 + 1)
+    # What the table spells out changes nothing: sends stand right after what they send.
+    lowered = simulate(lower(table), costs, link=Link(latency=1.0), overlap=False)
+    assert [spans(lowered, rank) for rank in (0, 1)] == [spans(step, rank) for rank in (0, 1)]
+
+
+def test_a_late_receive_delays_the_transfer() -> None:
+    rows = "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0RECV_B1 0B0 0B1"
+    early = parse_table(rows, "1RECV_F0 1RECV_F1 1F0 1B0 1SEND_B0 1F1 1B1 1SEND_B1")
+    late = parse_table(rows, "1RECV_F0 1F0 1B0 1SEND_B0 1RECV_F1 1F1 1B1 1SEND_B1")
+    costs, link = uniform_costs(2, forward=1.0, backward=2.0), Link(latency=1.0)
+    for table, start, buffers in ((early, 5, 2), (late, 6, 1)):
+        step = simulate(table, costs, link=link, boundary_bytes=7)
+        assert spans(step, 1)[2] == (start, start + 1)
+        assert step.rank(1).peak_receive_buffers == buffers
+        assert step.rank(1).peak_receive_bytes == 7 * buffers
+
+
+def test_links_differ_by_boundary_and_by_rank() -> None:
+    table = compute_table(SCHEDULES["1F1B"], pp_size=3, n_microbatches=3)
+    costs = uniform_costs(3)
+    near, far = Link(latency=0.5), Link(latency=4.0)
+    by_boundary = simulate(table, costs, link=[near, far])
+    by_ranks = simulate(table, costs, link=lambda a, b: near if {a, b} == {0, 1} else far)
+    assert [spans(by_boundary, r) for r in range(3)] == [spans(by_ranks, r) for r in range(3)]
+    assert spans(by_boundary, 1)[0][0] == 1.5
+    assert spans(by_boundary, 2)[0][0] == 1.5 + 1 + 4
+    one_way = simulate(table, costs, link=lambda a, b: far if a > b else Link())
+    assert spans(one_way, 2)[0][0] == 2
+    assert spans(one_way, 1)[-1][0] == spans(one_way, 2)[-1][1] + 4
+
+
+def test_a_pair_may_save_time() -> None:
+    table = parse_table("0F0 (0F1;0B0)OVERLAP_F_B 0B1")
+    step = simulate(table, uniform_costs(1, forward=2.0, backward=4.0), overlap_gain=0.5)
+    assert step.step_time == 2 + (4 + 0.5 * 2) + 4
+    assert [bar.end for bar in step.bars(0)][2] == 2 + 5
+    assert [bar.group is not None for bar in step.bars(0)] == [False, True, True, False]
+    assert step.rank(0).peak_live == 2
+
+
+def test_split_backwards_keep_what_the_weights_need() -> None:
+    table = parse_table("0F0 0F1 0I0 0I1 0W0 0W1")
+    costs = uniform_costs(1, activation_bytes=10, weight_bytes=4)
+    assert simulate(table, costs).rank(0).peak_activation_bytes == 20
+    costs = uniform_costs(1, activation_bytes=10, weight_bytes=12)
+    assert simulate(table, costs).rank(0).peak_activation_bytes == 24
+
+
+# Sizes and mistakes
+
+
+@pytest.mark.parametrize("name", ["GPipe", "Interleaved1F1B"])
+def test_ten_thousand_ranks(name: str) -> None:
+    table = compute_table(SCHEDULES[name], pp_size=10_000, n_microbatches=64)
+    step = simulate(table, uniform_costs(table.num_stages))
+    if name == "GPipe":
+        assert step.step_time == (64 + 9_999) * 3
+        assert idle_times(step) == {9_999 * 3.0}
+    assert len(step.ranks) == 10_000
+    assert len(step.bars(5_000)) == 2 * 64 * (table.num_stages // 10_000)
+
+
+@pytest.mark.parametrize(
+    ("rows", "match"),
+    [
+        (("0F0 0B0 0F1 0B1", "1F1 1B1 1F0 1B0"), "deadlocks: rank 0, column 1, action 0B0 waits"),
+        (("0F0 (1F0;0B0)OVERLAP_F_B 1B0",), "waits for 1B0 of rank 0"),
+        (("0F0 0B0", "1F0"), "does not run to its end: rank 0, column 1, action 0B0 waits for 1B0"),
+        (("0F0 0B0", "1F0 1F0 1B0"), "rank 1, column 1, action 1F0: 1F0 comes after it ran"),
+        (("0F0 0B0 0I0",), "rank 0, column 2, action 0I0: 0I0 comes after it ran"),
+        (("0B0 0F0",), "0B0 comes without 0F0 before it"),
+        (("0F0 0W0",), "0W0 comes without 0I0 before it"),
+        (("0F0 0B0", "2F0 2B0"), "no rank runs stage 1"),
+        (("0F0", "0B0"), "stage 0 also runs on rank 0"),
+        (("0UNSHARD",), "no computations"),
+        ((), "no computations"),
+        (("0F0 0B0 0F4000",), "4001 microbatches"),
+        (("0F0 0SEND_F0", "1F0 1B0"), "1F0 comes without 1RECV_F0 before it"),
+        (("0SEND_F0 0F0 0B0", "1RECV_F0 1F0 1B0"), "0SEND_F0 comes without 0F0 before it"),
+        (("1SEND_F0 0F0 0B0", "1F0 1B0"), "1SEND_F0 has no stage at the other end"),
+        (("0RECV_F0 0F0 0B0",), "0RECV_F0 has no stage at the other end"),
+        (("1RECV_F0 0F0 0B0", "1F0 1B0"), "stage 1 lives on rank 1"),
+        (("0F0 0SEND_F0 1F0 1B0 0B0",), "live on the same rank"),
+        (("0F0 0SEND_F0 0SEND_F0 0B0", "1F0 1B0"), "0SEND_F0 ran already"),
+        (("0F0 0WAIT_SEND_F0 0B0", "1F0 1B0"), "comes without its send"),
+    ],
+)
+def test_what_cannot_run_is_named(rows: tuple[str, ...], match: str) -> None:
+    table = parse_table(*rows)
+    costs = uniform_costs(table.native.num_stages)
+    for overlap in (True, False):
+        with pytest.raises(PipelineConfigError, match=re.escape(match)):
+            simulate(table, costs, overlap=overlap)
+
+
+def test_parts_of_a_group_compute() -> None:
+    joined = 1 << 62
+    send = parse_table("0F0 0SEND_F0 0B0", "1F0 1B0").native.codes(0)[1]
+    rows = [[_code("0F0"), send | joined, _code("0B0")], [_code("1F0"), _code("1B0")]]
+    table = ScheduleTable(_core.Schedule.of_codes("x", rows))
+    with pytest.raises(PipelineConfigError, match="holds computations only"):
+        simulate(table, uniform_costs(2))
+
+
+def _code(action: str) -> int:
+    return parse_table(action).native.codes(0)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"costs": uniform_costs(3)}, "costs has 3 entries, but 1F1B has 2 stages"),
+        ({"link": [Link()] * 2}, "link has 2 entries, but there are 1 boundaries"),
+        ({"boundary_bytes": [1, 2]}, "boundary_bytes has 2 entries"),
+        ({"boundary_bytes": -1}, "boundary_bytes (-1) must be"),
+        ({"overlap_gain": 1.5}, "overlap_gain (1.5"),
+        ({"overlap_gain": math.nan}, "overlap_gain (nan"),
+    ],
+)
+def test_costs_fit_the_table(changes: dict[str, Any], match: str) -> None:
+    table = compute_table(SCHEDULES["1F1B"], pp_size=2, n_microbatches=2)
+    with pytest.raises(PipelineConfigError, match=re.escape(match)):
+        simulate(**{"table": table, "costs": uniform_costs(2), **changes})
+
+
+def test_bytes_beyond_64_bits_are_an_error() -> None:
+    table = compute_table(SCHEDULES["GPipe"], pp_size=2, n_microbatches=4)
+    with pytest.raises(OverflowError, match="activations"):
+        simulate(table, uniform_costs(2, activation_bytes=1 << 62))
+    with pytest.raises(OverflowError, match="bytes sent"):
+        simulate(table, uniform_costs(2), boundary_bytes=1 << 62)
+
+
+def test_the_advice_works() -> None:
+    check_advice(Link, {"latency": -1.0, "bandwidth": 1.0})
+    check_advice(lambda **given: uniform_costs(2, **given), {"backward": 2.0, "weight": 3.0})
+    table = compute_table(SCHEDULES["1F1B"], pp_size=2, n_microbatches=2)
+    check_advice(lambda **given: simulate(table, uniform_costs(2), **given), {"overlap_gain": -1})
+    for bandwidth in (0.0, -1.0, math.nan):
+        with pytest.raises(PipelineConfigError, match="bandwidth"):
+            Link(bandwidth=bandwidth)
+    with pytest.raises(PipelineConfigError, match="no sends and receives"):
+        lock_step(table)
