@@ -159,8 +159,8 @@ class ModelConfig:
         kind = f"model_type {self.model_type!r}" if self.model_type else "no model_type"
         keys = ", ".join(self._full(name) for name in names)
         raise PipelineConfigError(
-            f"{self.name} ({kind}) has none of the keys {keys}: give one of them, or make the "
-            f"shape from the live model."
+            f"{self.name} ({kind}) has none of the keys {keys}: give one of them, or let "
+            f"hfpp profile measure what the live model costs."
         )
 
     def _full(self, key: str) -> str:

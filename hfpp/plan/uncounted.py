@@ -114,7 +114,7 @@ def family_of(config: ModelConfig) -> Family | None:
         config.fail(
             "model_type",
             f"is {config.model_type!r}, of which a config does not tell all parameters "
-            f"({UNCOUNTED[config.model_type]}): make the shape from the live model",
+            f"({UNCOUNTED[config.model_type]}): let hfpp profile measure what it costs",
         )
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -123,6 +123,6 @@ def family_of(config: ModelConfig) -> Family | None:
                 config.fail(
                     key,
                     f"is set, and what it means for the model type {config.model_type!r} is not "
-                    "known: make the shape from the live model",
+                    "known: let hfpp profile measure what it costs",
                 )
     return family

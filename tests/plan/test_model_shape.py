@@ -188,7 +188,7 @@ def test_unknown_types_are_read_by_their_keys() -> None:
         ({"layer_types": [1] * 200_000}, "layer_types has 200000 entries: at most"),
         ({"num_experts": 4}, "num_experts_per_tok"),
         ({"num_experts": 4, "num_experts_per_tok": 5}, "more than the number of experts"),
-        ({"model_type": "bert"}, "an encoder's layers.*live model"),
+        ({"model_type": "bert"}, "an encoder's layers.*hfpp profile"),
         ({"model_type": "mistral", "num_key_value_heads": ...}, "num_key_value_heads"),
         ({"per_layer_config": {"first": {}}}, "per_layer_config must hold an object by number"),
     ],
