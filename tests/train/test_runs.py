@@ -113,7 +113,8 @@ def train(*arguments, out):
 
 def test_a_run_leaves_its_results(llama, tmp_path, capsys):
     out = tmp_path / "out"
-    assert train("--model", llama, "--pp", 2, "--schedule", "1f1b", "--verify", out=out) == 0
+    options = ("--model", llama, "--pp", 2, "--schedule", "1f1b", "--partition", "5,3")
+    assert train(*options, "--verify", out=out) == 0
     printed = capsys.readouterr()
     assert "verify: loss equal to the plain model's" in printed.out
     assert "verify: gradient norm equal to the plain model's" in printed.out
@@ -133,7 +134,7 @@ def test_a_run_leaves_its_results(llama, tmp_path, capsys):
     assert summary["weights_saved"] is False
     assert summary["start"] == "starts from random weights (--seed 0)"
     assert summary["result"]["final_loss"] == metrics[-1]["loss"] < metrics[0]["loss"]
-    assert [row["layers"] for row in summary["pipeline"]["stages"]] == [[0, 4], [4, 8]]
+    assert [row["layers"] for row in summary["pipeline"]["stages"]] == [[0, 5], [5, 8]]
     assert summary["options"]["pp"] == 2
     assert ElementTree.parse(out / "schedule.svg").getroot().tag.endswith("svg")
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
