@@ -1,5 +1,6 @@
-"""Balanced partitions: how long they take to find, how near a bound, and what they gain in steps."""
+"""Balanced partitions: time to find them, gap to a bound, and what they gain in real steps."""
 
+import itertools
 import os
 import random
 import statistics
@@ -155,7 +156,8 @@ def python_row() -> str:
     )
     ratio = measure.ratio(times["Python"], times["native"])
     rows = [(name, str(value)) for name, value in times.items()]
-    return f"{measure.table(('competitor', 'time'), rows)}\n\nThe native one is {ratio:,.0f} times faster."
+    body = measure.table(("competitor", "time"), rows)
+    return f"{body}\n\nThe native one is {ratio:,.0f} times faster."
 
 
 # ---- steps
@@ -163,8 +165,8 @@ def python_row() -> str:
 
 def step_times(
     rank: int, world_size: int, make: Callable[[], nn.Module], costs: ModelCosts, vocabulary: int
-) -> dict[str, list[float]]:
-    """Seconds of every step with each partition, in turns."""
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of every step with each partition, in turns; and this rank's CPU time of them."""
     torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
@@ -192,19 +194,20 @@ def step_times(
         )
         for name in PARTITIONS
     }
-    times: dict[str, list[float]] = {name: [] for name in pipelines}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in pipelines}
     for _ in range(1 + ROUNDS):
         for name, pipeline in pipelines.items():
             for part in pipeline.model_parts:
                 part.zero_grad()
             dist.barrier()
-            started = time.perf_counter()
+            started, computed = time.perf_counter(), time.process_time()
             pipeline.schedule.step(
                 *((ids,) if pipeline.has_first_stage else ()),
                 target=ids if pipeline.has_last_stage else None,
             )
+            computed = time.process_time() - computed
             dist.barrier()
-            times[name].append(time.perf_counter() - started)
+            times[name].append((time.perf_counter() - started, computed))
     return {name: taken[1:] for name, taken in times.items()}
 
 
@@ -217,7 +220,7 @@ def sleeping() -> nn.Module:
     return SleepingModel(*SLEEPING)
 
 
-def profiled(rank: int, world_size: int) -> ModelCosts:
+def profiled(rank: int, _world_size: int) -> ModelCosts:
     """The costs with as many processes at work as in the run: they share caches and memory."""
     torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0))
@@ -255,11 +258,16 @@ def step_rows(targets: list[Target]) -> str:
             name: simulate(table, costs.stages(offsets)).step_time for name, offsets in cuts.items()
         }
         arguments = (make, costs, vocabulary)
-        taken = run_ranks(step_times, ranks, args=arguments, timeout_s=1200)[0]
+        by_rank = run_ranks(step_times, ranks, args=arguments, timeout_s=1200)
+        taken = {name: [wall for wall, _ in by_rank[0][name]] for name in cuts}
         medians = {name: statistics.median(times) for name, times in taken.items()}
+        busiest = {
+            name: max(statistics.median(cpu for _, cpu in rank[name]) for rank in by_rank)
+            for name in cuts
+        }
         heads = costs.head.seconds / statistics.median(unit.seconds for unit in costs.layers)
         for name, offsets in cuts.items():
-            counts = ", ".join(str(b - a) for a, b in zip(offsets, offsets[1:], strict=False))
+            counts = ", ".join(str(b - a) for a, b in itertools.pairwise(offsets))
             rows.append(
                 (
                     f"{title}, head of {heads:.1f} layers",
@@ -267,6 +275,7 @@ def step_rows(targets: list[Target]) -> str:
                     seconds(predicted[name]),
                     f"{seconds(medians[name])} ({seconds(min(taken[name]))} to "
                     f"{seconds(max(taken[name]))})",
+                    seconds(busiest[name]),
                 )
             )
         gain = 1 - medians["balanced"] / medians["uniform"]
@@ -279,7 +288,9 @@ def step_rows(targets: list[Target]) -> str:
                 gain >= 0.8 * expected > 0,
             )
         )
-    return measure.table(("run", "layers per stage", "predicted", "measured"), rows)
+    return measure.table(
+        ("run", "layers per stage", "predicted", "measured", "CPU time of the busiest rank"), rows
+    )
 
 
 def main() -> int:
