@@ -264,8 +264,9 @@ void Order::zb_h2(const Order& order, std::int64_t rank, Schedule& schedule) {
   for (std::int64_t m = n - put_off; m < n; ++m) schedule.add({W, rank, m});
 }
 
-// V-Half: half of 1F1B's activations and half of a stage or one stage more, for 3.5 units of idle
-// time per rank where 1F1B has 6.
+// V-Half: half of 1F1B's activations, and of half a microbatch or one more. At both ends together a
+// rank idles 3.5 units per rank of the pipeline, where 1F1B idles 6. No other waits at the turns
+// hold fewer activations.
 void Order::v_half(const Order& order, std::int64_t rank, Schedule& schedule) {
   const bool odd = order.pp_size_ % 2 == 1;
   const BuildingBlock::Hops hops =

@@ -41,7 +41,8 @@ class ScheduleSpec:
     """What a schedule is called and how it wants its stages laid out.
 
     Attributes:
-        name: torch's name, such as ``Interleaved1F1B``.
+        name: torch's name, such as ``Interleaved1F1B``; where torch has no such schedule, the
+            paper's.
         placement: how stages lie on ranks.
         single_stage: whether a rank has exactly one stage.
         stages_per_rank: 1 or 2 where the schedule fixes it; None for any number from 2 up.
@@ -84,7 +85,19 @@ def _specs() -> Iterator[ScheduleSpec]:
 
 
 SCHEDULES: Mapping[str, ScheduleSpec] = MappingProxyType({spec.name: spec for spec in _specs()})
-"""Every schedule, by torch's name."""
+"""Every schedule by name: torch's seven, and three that torch lacks and runs as tables.
+
+With F, I and W for the times of a forward and of the two parts of a backward:
+
+- ``ZBH2`` (ZB-H2, arXiv 2401.10241): no idle time between a rank's first action and its last where
+  F = I = W, from ``2 * pp_size - 1`` microbatches on; that many activations live on every rank,
+  where 1F1B has ``pp_size`` at most.
+- ``VHalf`` and ``VMin`` (arXiv 2405.15362): two stages per rank in a v, each half as long as one of
+  1F1B's, and activations of ``pp_size // 2 + 1`` and of ``ceil((pp_size + 2) / 3)`` whole
+  microbatches at most, where 1F1B has ``pp_size``. Where F = I = W no rank idles in the steady
+  state; at both ends together ``7 * pp_size // 2 - 4`` and ``4 * pp_size - 5`` (one more where 3
+  divides ``pp_size``) times F of one of its stages, where 1F1B idles ``6 * (pp_size - 1)``.
+"""
 
 
 def _plain(name: str) -> str:
