@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -122,6 +123,21 @@ def test_a_limit_of_activations_is_kept(seed: int, limit: int) -> None:
         assert problem_of(rows, activation_limit=max(peaks)) == ""
         assert f"activation_limit={max(peaks)}" in message
         assert problem_of(rows, activation_limit=max(peaks) - 1) != ""
+
+
+def test_ten_thousand_ranks_are_no_matter() -> None:
+    """An order of magnitude: bench/bench_verify.py has the figures."""
+    table = table_of("GPipe", 10_000, 1, 64, 2)
+    started = time.perf_counter()
+    verify(table)
+    assert time.perf_counter() - started < 10
+
+
+def test_numbers_at_the_edge_of_what_an_action_holds_are_refused_at_once() -> None:
+    most = 2**28 - 1
+    assert "action 0F0 is missing" in problem_of(parse_rows(f"0F{most} 0B{most}"))
+    assert "no rank runs stage 0" in problem_of(parse_rows(f"{most}F0 {most}B0"))
+    assert "does not live on this rank" in problem_of(parse_rows(f"0F0 0B0 {most}UNSHARD"))
 
 
 @pytest.mark.parametrize("limit", [0, -1])
