@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,16 +14,15 @@ from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from hfpp.errors import PipelineConfigError
-from hfpp.plan.actions import Action, ActionKind, ScheduleTable, parse_action
+from hfpp.plan.actions import ScheduleTable, parse_action
 from hfpp.plan.lowering import lower
-from hfpp.plan.placement import ranks_by_stage
 from hfpp.plan.schedule import SCHEDULES, check_microbatches, compute_table
 from hfpp.plan.verify import peak_activations, verify
 from tests.plan.mutants import mutant
+from tests.plan.tables import assert_places_exist, parse_rows, problem_of, random_table
 from tests.reference.torch_orders import torch_schedule
-from tests.reference.verify import Rows, verdict
+from tests.reference.verify import verdict
 
-K = ActionKind
 FORMS: tuple[dict[str, bool] | None, ...] = (
     None,  # computations only
     {"unshard": False, "reduce_grad": False},
@@ -55,25 +53,6 @@ def table_of(name: str, pp_size: int, per_rank: int, n: int, form: int) -> Sched
     )
     wanted = FORMS[form]
     return table if wanted is None else lower(table, **wanted)
-
-
-def problem_of(rows: Rows, **limit: int) -> str:
-    """What the verifier says; "" where the table passes."""
-    try:
-        verify(ScheduleTable.from_rows("table", rows), **limit)
-    except PipelineConfigError as error:
-        return str(error)
-    return ""
-
-
-PLACE = re.compile(r"rank (\d+), column (\d+), action (\(.*?\)OVERLAP_F_B|\w+)")
-
-
-def assert_places_exist(message: str, rows: Rows) -> None:
-    places = PLACE.findall(message)
-    assert places, f"no rank, column and action in: {message}"
-    for rank, column, action in places:
-        assert str(rows[int(rank)][int(column)]) == action, message
 
 
 # What passes
@@ -188,53 +167,6 @@ def test_mutants_are_judged_as_the_oracle_judges_them() -> None:
     assert min(found[kind] for kind in kinds) >= 10, found
 
 
-def random_table(chance: Random) -> ScheduleTable:
-    """Any order in which the computations can run, in any placement that the verifier knows."""
-    size = chance.randint(1, 4)
-    v = chance.random() < 0.3
-    per_rank = 2 if v else chance.randint(1, 3)
-    stages, n = size * per_rank, chance.randint(1, 5)
-    home = ranks_by_stage(size, stages, "v" if v else "loop").row()
-    split = chance.choice((0.0, 0.5, 1.0))
-    eager = chance.random()  # how much rather a forward is run than a backward
-    rows: list[list[Action]] = [[] for _ in range(size)]
-    done: set[tuple[int, ActionKind, int]] = set()
-    todo = {
-        (stage, kind, m)
-        for stage in range(stages)
-        for m in range(n)
-        for kind in (K.FORWARD, *((K.BACKWARD_INPUT, K.BACKWARD_WEIGHT) if chance.random() < split
-                                  else (K.FULL_BACKWARD,)))
-    }  # fmt: skip
-
-    def ready(stage: int, kind: ActionKind, m: int) -> bool:
-        if kind is K.FORWARD:
-            return stage == 0 or (stage - 1, K.FORWARD, m) in done
-        if kind is K.BACKWARD_WEIGHT:
-            return (stage, K.BACKWARD_INPUT, m) in done
-        after = {(stage + 1, K.FULL_BACKWARD, m), (stage + 1, K.BACKWARD_INPUT, m)}
-        return (stage, K.FORWARD, m) in done and (stage == stages - 1 or bool(after & done))
-
-    while todo:
-        able = sorted(key for key in todo if ready(*key))
-        forwards = [key for key in able if key[1] is K.FORWARD]
-        others = [key for key in able if key[1] is not K.FORWARD]
-        pool = forwards if not others or (forwards and chance.random() < eager) else others
-        stage, kind, m = chance.choice(pool)
-        parts = [Action(stage, kind, m)]
-        partners = [key for key in others if home[key[0]] == home[stage]]
-        if kind is K.FORWARD and partners and chance.random() < 0.2:
-            parts.append(Action(*chance.choice(partners)))
-        group = Action(-1, K.OVERLAP, None, tuple(parts))
-        rows[home[stage]].append(group if len(parts) > 1 else parts[0])
-        for part in parts:
-            assert part.microbatch is not None
-            key = part.stage, part.kind, part.microbatch
-            todo.remove(key)
-            done.add(key)
-    return ScheduleTable.from_rows("random", rows)
-
-
 @settings(max_examples=150)
 @given(seed=st.integers(0, 2**32))
 def test_any_order_that_can_run_passes_and_so_does_what_is_made_of_it(seed: int) -> None:
@@ -251,118 +183,3 @@ def test_mutants_of_random_tables_are_judged_as_the_oracle_judges_them(seed: int
     table = random_table(chance)
     form = chance.choice(FORMS)
     mutants_match(table if form is None else lower(table, **form), chance, Counter())
-
-
-# Planted faults of what the runtime does besides computing and sending
-
-
-def parse_rows(*rows: str) -> list[list[Action]]:
-    return [[a for text in row.split() if (a := parse_action(text))] for row in rows]
-
-
-@pytest.mark.parametrize(
-    ("rows", "match"),
-    [
-        ("0F0 0UNSHARD 0B0 0RESHARD", "column 0, action 0F0: stage 0 computes before it is unsha"),
-        ("0UNSHARD 0F0 0RESHARD 0B0", "column 3, action 0B0: stage 0 is not unsharded"),
-        ("0UNSHARD 0F0 0UNSHARD 0B0 0RESHARD", "column 2, action 0UNSHARD: .* since column 0"),
-        ("0UNSHARD 0RESHARD 0UNSHARD 0F0 0B0 0RESHARD", "column 1, action 0RESHARD: .* not comp"),
-        ("0F0 0B0 0RESHARD", "column 2, action 0RESHARD: 0RESHARD comes without 0UNSHARD"),
-        ("0UNSHARD 0F0 0B0", "column 0, action 0UNSHARD: stage 0 is never resharded"),
-        ("0F0 0B0 0REDUCE_GRAD 0REDUCE_GRAD", "column 3, action 0REDUCE_GRAD: .* at column 2"),
-        ("0F0 0F1 0B0 0REDUCE_GRAD 0B1", "column 3, action 0REDUCE_GRAD: it comes after 1 of 2"),
-        ("0F0 0I0 0REDUCE_GRAD 0W0", "column 2, action 0REDUCE_GRAD: it comes after 0 of 1"),
-        ("0F0 0B0 0WAIT_REDUCE_GRAD", "column 2, .*: 0WAIT_REDUCE_GRAD comes without 0REDUCE_GR"),
-        (
-            "0F0 1F0 1B0 0B0 1REDUCE_GRAD 0REDUCE_GRAD 1WAIT_REDUCE_GRAD 0WAIT_REDUCE_GRAD",
-            "column 5, action 0REDUCE_GRAD: another reduction is pending",
-        ),
-        (
-            "0F0 1F0 1B0 0B0 1REDUCE_GRAD 1WAIT_REDUCE_GRAD 0REDUCE_GRAD",
-            "column 6, action 0REDUCE_GRAD: no 0WAIT_REDUCE_GRAD follows",
-        ),
-        ("0F0 0B0 0WAIT_SEND_F0", "column 2, action 0WAIT_SEND_F0: .* comes without 0SEND_F0"),
-        ("0F0 0B0 1UNSHARD", "column 2, action 1UNSHARD: stage 1 does not live on this rank"),
-        ("(0F0;0B0)OVERLAP_F_B", "column 0, .*: 0B0 needs 0F0, which runs at the same time"),
-        ("0F0 (0I0;0W0)OVERLAP_F_B", "column 1, .*: 0W0 needs 0I0, which runs at the same time"),
-        ("(0F0;0F0)OVERLAP_F_B 0B0", "column 0, .*: 0F0 already ran at column 0"),
-        ("(0F0;1F0)OVERLAP_F_B 1B0 0B0", "waits for 0F0 of rank 0 .column 0."),
-    ],
-)
-def test_faults_on_one_rank_are_named(rows: str, match: str) -> None:
-    table = parse_rows(rows)
-    message = problem_of(table)
-    assert re.search(match, message), message
-    assert_places_exist(message, table)
-    assert verdict(table).problem != ""
-
-
-def test_a_group_of_other_things_than_computations_is_refused() -> None:
-    unshard = Action(0, K.UNSHARD)
-    group = Action(-1, K.OVERLAP, None, (Action(0, K.FORWARD, 0), unshard))
-    assert "only computations can be overlapped" in problem_of([[group, Action(0, K.FORWARD, 0)]])
-
-
-def test_a_table_waits_for_every_send_or_for_none() -> None:
-    rows = parse_rows(
-        "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0B0 0WAIT_SEND_F0 0RECV_B1 0B1",
-        "1RECV_F0 1F0 1RECV_F1 1F1 1B0 1SEND_B0 1B1 1SEND_B1",
-    )
-    message = problem_of(rows)
-    assert "rank 0, column 3, action 0SEND_F1: no 0WAIT_SEND_F1 follows" in message
-    del rows[0][6]
-    assert problem_of(rows) == ""
-
-
-# Planted deadlocks
-
-CROSSED = parse_rows(  # each sends first, and then receives
-    "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0B0 0RECV_B1 0B1",
-    "1RECV_F0 1F0 1B0 1SEND_B0 1RECV_F1 1F1 1B1 1SEND_B1",
-)
-
-
-def test_what_only_buffers_save_is_told_from_what_nothing_saves() -> None:
-    message = problem_of(CROSSED)
-    assert "deadlocks where sends wait for their receives, as NCCL's do" in message
-    assert "rank 0, column 3, action 0SEND_F1 waits for 1RECV_F1 of rank 1 (column 4)" in message
-    assert "rank 1, column 3, action 1SEND_B0 waits for 0RECV_B0 of rank 0 (column 4)" in message
-    assert verdict(CROSSED).problem == "rendezvous"
-
-
-def test_three_ranks_may_deadlock_although_every_two_agree() -> None:
-    """Rank 0 receives late: each rank sends to the next before it receives from the one before."""
-    table = table_of("LoopedBFS", 3, 2, 3, 1)
-    rows = [[step.action for step in table.steps(rank)] for rank in range(3)]
-    for m in range(3):
-        rows[0].remove(receive := Action(3, K.RECEIVE_FORWARD, m))
-        rows[0].insert(rows[0].index(Action(3, K.FORWARD, m)), receive)
-    message = problem_of(rows)
-    assert "as NCCL's do" in message
-    assert "waits for 1RECV_F2 of rank 1" in message
-    assert "waits for 2RECV_F1 of rank 2" in message
-    assert "waits for 3RECV_F0 of rank 0" in message
-    assert_places_exist(message, rows)
-    assert verdict(rows).problem == "rendezvous"
-
-
-def test_a_wait_for_a_send_may_close_a_circle() -> None:
-    """Rank 0 waits for its send before it computes what rank 1 needs to come to the receive."""
-    rows = parse_rows(
-        "0F0 0SEND_F0 0F1 0SEND_F1 0WAIT_SEND_F0 0WAIT_SEND_F1 0RECV_B0 0B0 0RECV_B1 0B1",
-        "1RECV_F0 1F0 1B0 1SEND_B0 1WAIT_SEND_B0 1RECV_F1 1F1 1B1 1SEND_B1 1WAIT_SEND_B1",
-    )
-    assert verdict(rows).problem == "rendezvous"
-    assert "as NCCL's do" in problem_of(rows)
-
-
-def test_a_circle_of_thousands_is_told_in_few_words() -> None:
-    size = 5000
-    rows = parse_rows(*(f"{r}F0 {r + size}F0 {r + size}B0 {r}B0" for r in range(size)))
-    assert problem_of(rows) == ""
-    rows[0][:2] = rows[0][1::-1]
-    message = problem_of(rows)
-    assert "rank 0, column 0, action 5000F0 waits for 4999F0 of rank 4999 (column 0)" in message
-    assert "; and 4992 more ranks of the circle" in message
-    assert len(message) < 1000
-    assert_places_exist(message, rows)
