@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <limits>
 #include <map>
+#include <optional>
 #include <random>
 #include <string>
 #include <string_view>
@@ -25,6 +26,7 @@
 #include "schedule_csv.hpp"
 #include "schedule_json.hpp"
 #include "shapes.hpp"
+#include "simulate.hpp"
 #include "verify.hpp"
 
 namespace {
@@ -363,39 +365,45 @@ void test_verify() {
   refused(schedule_of({{{K::Forward, 0, 0}, {K::Unshard, most, 0}}}), "does not live on this rank");
 }
 
+// A table of two microbatches with up to three mistakes, or none.
+hfpp::Schedule odd_schedule(std::mt19937& chance) {
+  const auto below = [&](std::size_t most) { return static_cast<std::int64_t>(chance() % most); };
+  std::vector<Row> rows(1 + chance() % 2);
+  for (std::size_t rank = 0; rank < rows.size(); ++rank) {
+    const auto stage = static_cast<std::int64_t>(rank);
+    for (const hfpp::Kind kind : {hfpp::Kind::Forward, hfpp::Kind::FullBackward}) {
+      for (std::int64_t m = 0; m < 2; ++m) rows[rank].push_back({kind, stage, m});
+    }
+  }
+  for (std::int64_t edits = below(4); edits > 0; --edits) {
+    Row& row = rows[chance() % rows.size()];
+    const auto kind = static_cast<hfpp::Kind>(below(hfpp::kKinds));
+    const hfpp::Action action(kind, below(3), below(3), !row.empty() && below(3) == 0);
+    const auto place = row.begin() + below(row.size() + 1);
+    if (below(3) == 0) {
+      row.insert(place, action);
+    } else if (place != row.end()) {
+      if (below(2) == 0) std::swap(*place, row.front());
+      if (below(2) == 0) row.erase(place);
+    }
+  }
+  hfpp::Schedule schedule("table");
+  for (const Row& row : rows) {
+    for (const hfpp::Action& a : row) schedule.add(&a == row.data() ? a.alone() : a);
+    schedule.end_row();
+  }
+  return schedule;
+}
+
 // Whatever the actions are, there is a verdict.
 void test_verify_anything() {
   std::mt19937 chance(7);
-  const auto below = [&](std::size_t most) { return static_cast<std::int64_t>(chance() % most); };
   int passed = 0;
   int refused = 0;
   for (int i = 0; i < 20000; ++i) {
-    std::vector<Row> rows(1 + chance() % 2);
-    for (std::size_t rank = 0; rank < rows.size(); ++rank) {
-      const auto stage = static_cast<std::int64_t>(rank);
-      for (const hfpp::Kind kind : {hfpp::Kind::Forward, hfpp::Kind::FullBackward}) {
-        for (std::int64_t m = 0; m < 2; ++m) rows[rank].push_back({kind, stage, m});
-      }
-    }
-    for (std::int64_t edits = below(4); edits > 0; --edits) {
-      Row& row = rows[chance() % rows.size()];
-      const auto kind = static_cast<hfpp::Kind>(below(hfpp::kKinds));
-      const hfpp::Action action(kind, below(3), below(3), !row.empty() && below(3) == 0);
-      const auto place = row.begin() + below(row.size() + 1);
-      if (below(3) == 0) {
-        row.insert(place, action);
-      } else if (place != row.end()) {
-        if (below(2) == 0) std::swap(*place, row.front());
-        if (below(2) == 0) row.erase(place);
-      }
-    }
-    hfpp::Schedule schedule("table");
-    for (const Row& row : rows) {
-      for (const hfpp::Action& a : row) schedule.add(&a == row.data() ? a.alone() : a);
-      schedule.end_row();
-    }
+    const hfpp::Schedule schedule = odd_schedule(chance);
     try {
-      hfpp::verify(schedule, 1 + below(2));
+      hfpp::verify(schedule, 1 + static_cast<std::int64_t>(chance() % 2));
       ++passed;
     } catch (const hfpp::ConfigError&) {
       ++refused;
@@ -525,6 +533,84 @@ void test_lowering() {
   }
 }
 
+hfpp::ActionCosts costs_of(std::int64_t num_stages, hfpp::Communication communication) {
+  const auto stages = static_cast<std::size_t>(num_stages);
+  const std::size_t boundaries = stages == 0 ? 0 : stages - 1;
+  const auto times = [&](double time) { return std::vector<double>(stages, time); };
+  const auto bytes = [&](std::size_t count) { return std::vector<std::int64_t>(count, 5); };
+  const std::vector<double> seconds(boundaries, 1);
+  return {times(1),
+          times(2),
+          times(1),
+          times(1),
+          bytes(stages),
+          bytes(stages),
+          {seconds, seconds, bytes(boundaries), communication},
+          0};
+}
+
+void test_simulate() {
+  using hfpp::Communication;
+  const hfpp::Schedule schedule = csv_of("0F0,0F1,0B0,0B1\n1F0,(1F1;1B0)OVERLAP_F_B,1B1\n");
+  hfpp::ActionCosts costs = costs_of(2, Communication::Beside);
+  const hfpp::Simulation beside(schedule, costs);
+  // 0F0 to 1, on the way to 2; 1F0 to 3, 1F1 and 1B0 to 6, on the way to 7, 0B0 to 9; 1B1 to 8.
+  check(beside.step_time() == 11 && beside.spans(0)[2].start == 7, "transfers beside");
+  check(beside.report(1).start == 2 && beside.report(1).end == 3, "the second rank's idle time");
+  check(beside.report(0).gradients == 4 && beside.report(0).communication == 1, "by cause");
+  check(beside.report(0).peak_live == 2 && beside.report(0).peak_activation_bytes == 10, "memory");
+  check(beside.report(1).sent_bytes == 10 && beside.report(1).peak_receive_buffers == 2, "buffers");
+  check(beside.sent_by(0).size() == 2 && beside.sent_by(0)[1].span.end == 3, "what is sent");
+  costs.transfers.communication = Communication::Within;
+  const hfpp::Simulation within(schedule, costs);
+  check(within.spans(0)[1].start == 2 && within.report(0).communication == 4, "transfers within");
+  costs.overlap_gain = 1;
+  check(hfpp::Simulation(schedule, costs).spans(1)[2].end == within.spans(1)[2].end - 1, "a gain");
+  costs.overlap_gain = 2;
+  check_throws<hfpp::ConfigError>([&] { hfpp::Simulation(schedule, costs); }, "overlap_gain (2");
+  costs = costs_of(3, Communication::Beside);
+  check_throws<hfpp::ConfigError>([&] { hfpp::Simulation(schedule, costs); }, "has 3 entries");
+  const hfpp::Schedule circle = csv_of("0F0,0B0,0F1,0B1\n1F1,1B1,1F0,1B0\n");
+  check_throws<hfpp::ConfigError>(
+      [&] { hfpp::Simulation(circle, costs_of(2, Communication::Beside)); },
+      "deadlocks: rank 0, column 1, action 0B0 waits for 1B0 of rank 1; rank 1, column 0");
+  const hfpp::Schedule lowered = csv_of("0F0,0SEND_F0,0RECV_B0,0B0\n1RECV_F0,1F0,1B0,1SEND_B0\n");
+  costs = costs_of(2, Communication::LockStep);
+  costs.backward = costs.forward;
+  const hfpp::Simulation steps(lowered, costs);
+  check(steps.spans(1)[0].start == 1 && steps.step_time() == 6, "a receive in its send's step");
+}
+
+// Whatever is in a table, it runs to its end or is refused; what is verified runs.
+void test_simulate_anything() {
+  std::mt19937 chance(11);
+  int ran = 0;
+  int refused = 0;
+  for (int i = 0; i < 20000; ++i) {
+    const hfpp::Schedule schedule = odd_schedule(chance);
+    const auto communication = static_cast<hfpp::Communication>(chance() % 3);
+    bool verified = communication != hfpp::Communication::LockStep;
+    try {
+      hfpp::verify(schedule, std::nullopt);
+    } catch (const hfpp::ConfigError&) {
+      verified = false;
+    }
+    try {
+      const hfpp::Simulation step(schedule, costs_of(schedule.num_stages(), communication));
+      double idle = 0;
+      for (std::int64_t rank = 0; rank < schedule.pp_size(); ++rank) {
+        idle += step.report(rank).busy + step.report(rank).idle();
+      }
+      check(idle == step.step_time() * static_cast<double>(schedule.pp_size()), "busy or idle");
+      ++ran;
+    } catch (const hfpp::ConfigError& error) {
+      check(!verified, error.what());
+      ++refused;
+    }
+  }
+  check(ran > 1000 && refused > 1000, "some run, some do not");
+}
+
 }  // namespace
 
 int main() {
@@ -538,6 +624,8 @@ int main() {
   test_verify_anything();
   test_orders();
   test_lowering();
+  test_simulate();
+  test_simulate_anything();
   std::printf("core_test: %d checks passed\n", checks);
   return 0;
 }
