@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from hfpp.commands import check, profile, train
+from hfpp.commands import check, profile, show, train
 from hfpp.errors import PipelineConfigError
 from hfpp.train.errors import TrainingError
 
@@ -46,7 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _end(command, _FAILED, f"error: {error}")
 
 
-_COMMANDS: dict[str, ModuleType] = {"train": train, "check": check, "profile": profile}
+_COMMANDS: dict[str, ModuleType] = {
+    "train": train,
+    "check": check,
+    "profile": profile,
+    "show": show,
+}
 
 
 def _parser() -> argparse.ArgumentParser:

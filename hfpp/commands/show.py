@@ -1,0 +1,179 @@
+"""`hfpp show`: a schedule, a plan or a recorded run as a picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfpp.errors import PipelineConfigError
+
+if TYPE_CHECKING:
+    from hfpp.plan.render.subject import Costing
+
+__all__ = ["add_to", "run"]
+
+_DEFAULT = " (default: %(default)s)"  # argparse fills it in
+
+
+def run(given: argparse.Namespace) -> int:
+    """Draws in the terminal, and into the files that were asked for."""
+    from hfpp.commands.terminal import print_timelines
+    from hfpp.plan.render.chrome_trace import Take, chrome_trace
+    from hfpp.plan.render.subject import find_subject
+    from hfpp.plan.render.svg import comparison_svg, timeline_svg
+
+    subject = find_subject(
+        given.what, pp=given.pp, microbatches=given.microbatches, per_rank=given.stages_per_rank
+    )
+    costing = _costing(given)
+    if given.against is None:
+        if given.step is not None and not subject.takes:
+            raise PipelineConfigError(
+                f"--step ({given.step}) chooses a step of a recorded run, and {given.what} is "
+                "none: leave it out"
+            )
+        take = subject.take(costing, step=given.step)
+        takes, name = [take], take.timeline.name
+        picture = timeline_svg(take.timeline)
+    else:
+        comparison = subject.against(given.against, costing, step=given.step)
+        plan = Take(comparison.planned, "planned", comparison.recorded.step)
+        takes = [plan, comparison.recorded._replace(label="recorded", start=0.0)]
+        name = comparison.planned.name
+        picture = comparison_svg(comparison.planned, comparison.recorded.timeline)
+    print_timelines(name, takes, width=given.width)
+    if given.svg is not None:
+        given.svg.write_text(picture, encoding="utf-8")
+        sys.stdout.write(f"{given.svg} written\n")
+    if given.trace is not None:
+        text = json.dumps(chrome_trace(takes), allow_nan=False, separators=(",", ":"))
+        given.trace.write_text(text, encoding="utf-8")
+        sys.stdout.write(f"{given.trace} written: open it in ui.perfetto.dev\n")
+    return 0
+
+
+def _costing(given: argparse.Namespace) -> Costing:
+    from hfpp.plan.costs_file import read_costs
+    from hfpp.plan.partition_grammar import parse_partition
+    from hfpp.plan.render.subject import Costing
+    from hfpp.plan.simulate import Link
+
+    if given.partition is not None and given.costs is None:
+        raise PipelineConfigError(
+            f"--partition ({given.partition}) says which layers of the model a stage has, but "
+            "there is no model: give its --costs too"
+        )
+    times = None
+    if given.forward is not None or given.backward is not None or given.weight is not None:
+        if given.costs is not None:
+            raise PipelineConfigError(
+                f"--costs ({given.costs}) has the times of every layer: leave out --forward, "
+                "--backward and --weight"
+            )
+        forward = 1.0 if given.forward is None else given.forward
+        times = (forward, 2 * forward if given.backward is None else given.backward, given.weight)
+    return Costing(
+        times=times,
+        model=None if given.costs is None else read_costs(given.costs),
+        partition=None
+        if given.partition is None
+        else parse_partition(given.partition, argument="--partition"),
+        link=Link(latency=given.latency, bandwidth=given.bandwidth),
+        boundary_bytes=given.boundary_bytes,
+        overlap=not given.no_overlap,
+    )
+
+
+def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command and its options."""
+    show = commands.add_parser(
+        "show",
+        help="draw a schedule, a plan or a recorded run",
+        description=(
+            "Draws what each rank of a pipeline does when: forwards, backwards, messages on their "
+            "way, idle time, and how many activations each rank holds. In the terminal, with "
+            "--svg as a picture, with --trace as a trace for ui.perfetto.dev or chrome://tracing. "
+            "Without costs a forward takes 1, a backward 2, half of it for the weights' gradients, "
+            "and messages no time."
+        ),
+        allow_abbrev=False,
+    )
+    add = show.add_argument
+    add(
+        "what",
+        metavar="SCHEDULE",
+        help="a schedule by name, a CSV file in torch's format, or a JSON file: a schedule, a plan "
+        "of hfpp plan, or the trace of hfpp train --trace",
+    )
+    for name, text in (
+        ("pp", "ranks, for a schedule by name (default: 4)"),
+        ("microbatches", "microbatches, likewise (default: 8)"),
+        ("stages-per-rank", "stages on each rank, likewise (default: the schedule's, or 2)"),
+    ):
+        add(f"--{name}", type=int, metavar="N", help=text)
+    for name, text in (
+        ("forward", "time of a stage's forward (default: 1)"),
+        ("backward", "time of a stage's backward (default: twice the forward)"),
+        ("weight", "the part of it that makes the weights' gradients (default: half)"),
+    ):
+        add(f"--{name}", type=float, metavar="TIME", help=text)
+    add(
+        "--costs",
+        type=Path,
+        metavar="FILE",
+        help="what the layers of a model cost, as hfpp profile writes it: times in seconds, sizes "
+        "of messages, and live activations in bytes",
+    )
+    add(
+        "--partition",
+        metavar="PARTITION",
+        help="which of these layers each stage has (default: the plan's own, else balanced)",
+    )
+    add(
+        "--latency",
+        type=float,
+        metavar="TIME",
+        default=0.0,
+        help=f"of every message, in the unit of the costs{_DEFAULT}",
+    )
+    add(
+        "--bandwidth",
+        type=float,
+        metavar="BYTES",
+        default=math.inf,
+        help=f"between two ranks, bytes per unit of time{_DEFAULT}",
+    )
+    add(
+        "--boundary-bytes",
+        type=int,
+        metavar="BYTES",
+        help="of one microbatch that cross from stage to stage (default: as --costs has it, else "
+        "0)",
+    )
+    add(
+        "--no-overlap",
+        action="store_true",
+        help="a rank that sends or receives computes nothing meanwhile",
+    )
+    add(
+        "--against",
+        metavar="PLAN",
+        nargs="?",
+        const="",
+        help="draw a recorded run under a plan: a schedule by name or a file, or if none is given "
+        "the same computations with nothing in their way; without costs each takes the median of "
+        "its recorded times",
+    )
+    add(
+        "--step",
+        type=int,
+        metavar="N",
+        help="which step of a recorded run (default: the one whose time is the median)",
+    )
+    add("--svg", type=Path, metavar="FILE", help="draw into an SVG file too")
+    add("--trace", type=Path, metavar="FILE", help="write a trace (JSON) too")
+    add("--width", type=int, metavar="COLUMNS", help="of the drawing (default: the terminal's)")
