@@ -10,6 +10,7 @@ from hfpp.train.options import RunDtype, TrainOptions
 
 __all__ = ["add_to", "run"]
 
+_TRACED = 5  # steps, where no number is given
 _DEFAULT = " (default: %(default)s)"  # argparse fills it in
 
 
@@ -34,6 +35,7 @@ def run(given: argparse.Namespace) -> int:
         out=given.out,
         force=given.force,
         verify=given.verify,
+        trace=given.trace,
     )
     # Only now: --help and wrong options wait for nothing.
     from hfpp.train.launcher import run_training
@@ -142,4 +144,15 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         action="store_true",
         help="also train the plain model in one process, and fail if the loss or the gradient norm "
         "of any step differs",
+    )
+    add(
+        "--trace",
+        type=int,
+        metavar="N",
+        nargs="?",
+        const=_TRACED,
+        default=usual.trace,
+        help="record when each rank computes and sends in the last N steps (if no number is given: "
+        f"{_TRACED}): trace.json, which Perfetto opens and hfpp show draws, and trace.svg, the "
+        "recorded step under the planned one",
     )

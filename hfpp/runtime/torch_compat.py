@@ -66,6 +66,7 @@ __all__ = [
     "schedule_class",
     "send",
     "restore_metadata",
+    "set_loss_function",
     "set_static_gradients",
     "set_static_metadata",
     "show_order",
@@ -633,6 +634,11 @@ def microbatch_count(schedule: TorchSchedule) -> int:
 def loss_function(schedule: TorchSchedule) -> Callable[..., torch.Tensor] | None:
     """What the schedule computes its losses with; None where it only runs forward."""
     return schedule._loss_fn
+
+
+def set_loss_function(schedule: TorchSchedule, loss_fn: Callable[..., torch.Tensor] | None) -> None:
+    """Makes the schedule compute its losses with another function."""
+    schedule._loss_fn = loss_fn
 
 
 @contextmanager

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-__all__ = ["RunShape", "StageRow", "StepMetrics"]
+if TYPE_CHECKING:
+    from hfpp.plan.render.recorded import RankRecord
+
+__all__ = ["RunShape", "StageRow", "StepMetrics", "StepTrace"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,3 +66,16 @@ class StepMetrics:
     grad_norm: float
     tokens_per_second: float
     seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTrace:
+    """What the ranks of the first pipeline did in one step.
+
+    Attributes:
+        step: from 1.
+        ranks: of the pipeline, on one clock.
+    """
+
+    step: int
+    ranks: tuple[RankRecord, ...]

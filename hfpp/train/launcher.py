@@ -24,7 +24,7 @@ from hfpp.train.verify import compare_runs, reference_run
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from hfpp.train.events import RunShape, StepMetrics
+    from hfpp.train.events import RunShape, StepMetrics, StepTrace
     from hfpp.train.options import TrainOptions
 
 __all__ = ["run_training"]
@@ -120,7 +120,7 @@ def _prepare_in_process(
 
 def _train_as_local_rank(
     index: int,
-    report: Callable[[RunShape | StepMetrics], None],
+    report: Callable[[RunShape | StepMetrics | StepTrace], None],
     *,
     options: TrainOptions,
     inputs: RunInputs,

@@ -14,9 +14,10 @@ from torch.distributed.fsdp import fully_shard
 
 from hfpp.functional import causal_lm_loss, clip_grad_norm_, pipeline_model
 from hfpp.plan.costs_file import read_costs
+from hfpp.runtime.recording import StepRecorder
 from hfpp.runtime.stage_boundary import boundary_of, own_layers
 from hfpp.train.errors import TrainingError
-from hfpp.train.events import RunShape, StageRow, StepMetrics
+from hfpp.train.events import RunShape, StageRow, StepMetrics, StepTrace
 from hfpp.train.model import Batches, build_model
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def train_rank(
     inputs: RunInputs,
     mesh: DeviceMesh,
     device: torch.device,
-    report: Callable[[RunShape | StepMetrics], None],
+    report: Callable[[RunShape | StepMetrics | StepTrace], None],
 ) -> None:
     """Trains this rank's part of the model; every rank of the mesh calls it.
 
@@ -59,7 +60,8 @@ def train_rank(
         inputs: its files, the same on every rank.
         mesh: dimensions `pp` and `dp`.
         device: of this rank.
-        report: takes the run's shape, then the metrics of every step, on the first rank only.
+        report: takes the run's shape, then the metrics of every step, and before them what was
+            recorded of it, on the first rank only.
 
     Raises:
         TrainingError: the loss or the gradients' norm is not finite any more (on every rank).
@@ -70,9 +72,9 @@ def train_rank(
     if first:
         report(shape)
     batches = Batches(options, inputs, replica=mesh.get_local_rank(DP), replicas=shape.replicas)
-    for metrics in _steps(options, rank, batches):
+    for event in _steps(options, rank, batches):
         if first:
-            report(metrics)
+            report(event)
 
 
 def _build(
@@ -120,11 +122,16 @@ def _shard(
     fully_shard(model, mesh=world_mesh[DP], reshard_after_forward=False)
 
 
-def _steps(options: TrainOptions, rank: _Rank, batches: Batches) -> Iterator[StepMetrics]:
+def _steps(
+    options: TrainOptions, rank: _Rank, batches: Batches
+) -> Iterator[StepMetrics | StepTrace]:
     pipeline = rank.pipeline
     tokens_per_step = options.batch_size * options.seq_len
     max_norm = options.max_grad_norm or math.inf
+    recorder: StepRecorder | None = None
     for step in range(options.steps):
+        if recorder is None and step >= options.steps - options.trace:
+            recorder = StepRecorder(pipeline.schedule, rank.device)
         started = time.perf_counter()
         ids = batches[step].to(rank.device)
         losses: list[Tensor] = []
@@ -145,6 +152,8 @@ def _steps(options: TrainOptions, rank: _Rank, batches: Batches) -> Iterator[Ste
                     f"({options.max_grad_norm})."
                 )
         seconds = time.perf_counter() - started
+        if recorder is not None:
+            yield StepTrace(step=step + 1, ranks=tuple(recorder.gather()))
         yield StepMetrics(
             step=step + 1,
             loss=loss,

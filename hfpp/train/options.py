@@ -53,6 +53,7 @@ class TrainOptions:
         out: folder for the results.
         force: replace the results of an earlier run in `out`.
         verify: train the plain model too, and compare every step's loss and gradient norm.
+        trace: record so many of the last steps; 0 records none.
     """
 
     model: Path | None = None
@@ -73,6 +74,7 @@ class TrainOptions:
     out: Path = Path("hfpp-train")
     force: bool = False
     verify: bool = False
+    trace: int = 0
 
     def __post_init__(self) -> None:
         """Checks every option by itself, and those that must fit each other."""
@@ -84,6 +86,7 @@ class TrainOptions:
             ("steps", 1),
             ("warmup_steps", 0),
             ("seed", 0),
+            ("trace", 0),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from hfpp.train.events import RunShape, StepMetrics
+    from hfpp.plan.actions import ScheduleTable
+    from hfpp.plan.render.recorded import Comparison
+    from hfpp.train.events import RunShape, StepMetrics, StepTrace
     from hfpp.train.options import TrainOptions
 
 __all__ = ["RunFolder"]
@@ -42,6 +44,16 @@ class RunFolder:
     def schedule_picture(self) -> Path:
         """The schedule as it was run, SVG."""
         return self.path / "schedule.svg"
+
+    @property
+    def trace(self) -> Path:
+        """What was recorded of the last steps, in the Trace Event Format, JSON."""
+        return self.path / "trace.json"
+
+    @property
+    def trace_picture(self) -> Path:
+        """A recorded step under the planned one, SVG."""
+        return self.path / "trace.svg"
 
     @property
     def summary(self) -> Path:
@@ -121,6 +133,7 @@ class RunFolder:
     def _results(self) -> Iterator[Path]:
         """What a run writes, whether it is there or not."""
         yield from (self.metrics, self.loss_picture, self.schedule_picture, self.summary)
+        yield from (self.trace, self.trace_picture)
         yield self.logs / "plain-model-0.log"
         for path in self.logs.glob("rank-*.log"):
             if path.stem.removeprefix("rank-").isdecimal():
@@ -143,15 +156,39 @@ class RunFolder:
     def draw_schedule(self, options: TrainOptions, shape: RunShape) -> None:
         """Draws what each rank does in one step."""
         from hfpp.plan.render import schedule_svg
-        from hfpp.plan.schedule import compute_table
 
-        table = compute_table(
-            options.schedule_spec,
-            pp_size=options.pp,
-            stages_per_rank=options.stages_per_rank,
-            n_microbatches=shape.n_microbatches,
+        self.schedule_picture.write_text(schedule_svg(_table(options, shape)), encoding="utf-8")
+
+    def write_trace(
+        self, options: TrainOptions, shape: RunShape, traces: Sequence[StepTrace]
+    ) -> Comparison:
+        """Writes the recorded steps, and draws the middle one under the plan.
+
+        Args:
+            options: of the run.
+            shape: of the run.
+            traces: of one step or more.
+
+        Returns:
+            The step that is drawn, and what was planned for it: the schedule with the median times
+            of the recorded computations.
+        """
+        from hfpp.plan.render.chrome_trace import chrome_trace
+        from hfpp.plan.render.recorded import compared, recorded_takes
+        from hfpp.plan.render.svg import comparison_svg
+
+        takes = recorded_takes(
+            options.schedule_spec.name, [(trace.step, trace.ranks) for trace in traces]
         )
-        self.schedule_picture.write_text(schedule_svg(table), encoding="utf-8")
+        self.trace.write_text(json.dumps(chrome_trace(takes), allow_nan=False), encoding="utf-8")
+        comparison = compared(takes, _table(options, shape))
+        picture = comparison_svg(
+            comparison.planned,
+            comparison.recorded.timeline,
+            title=f"{options.schedule_spec.name}, step {comparison.recorded.step}",
+        )
+        self.trace_picture.write_text(picture, encoding="utf-8")
+        return comparison
 
     def draw_loss(self, losses: Sequence[float], reference: Sequence[float] | None) -> None:
         """Draws the loss curve, and the plain model's over it where there is one."""
@@ -173,6 +210,17 @@ class RunFolder:
         """Writes what the run was and how it ended; infinity and NaN, which JSON lacks, as null."""
         text = json.dumps(_finite(summary), indent=2, allow_nan=False)
         self.summary.write_text(text + "\n", encoding="utf-8")
+
+
+def _table(options: TrainOptions, shape: RunShape) -> ScheduleTable:
+    from hfpp.plan.schedule import compute_table
+
+    return compute_table(
+        options.schedule_spec,
+        pp_size=options.pp,
+        stages_per_rank=options.stages_per_rank,
+        n_microbatches=shape.n_microbatches,
+    )
 
 
 def _finite(value: Any) -> Any:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from hfpp.train.events import RunShape, StepMetrics
+    from hfpp.train.events import RunShape, StepMetrics, StepTrace
     from hfpp.train.inputs import RunInputs
     from hfpp.train.options import TrainOptions
     from hfpp.train.torchrun import TorchrunRank
@@ -32,7 +32,7 @@ _TIMEOUT = timedelta(minutes=10)
 def train_as_local_rank(
     options: TrainOptions,
     inputs: RunInputs,
-    report: Callable[[RunShape | StepMetrics], None],
+    report: Callable[[RunShape | StepMetrics | StepTrace], None],
     *,
     rank: int,
     store: Path,
@@ -63,7 +63,7 @@ def train_as_local_rank(
 def train_as_torchrun_rank(
     options: TrainOptions,
     inputs: RunInputs,
-    report: Callable[[RunShape | StepMetrics], None],
+    report: Callable[[RunShape | StepMetrics | StepTrace], None],
     *,
     rank: TorchrunRank,
 ) -> torch.device:
@@ -116,7 +116,7 @@ def _train(
     options: TrainOptions,
     inputs: RunInputs,
     device: torch.device,
-    report: Callable[[RunShape | StepMetrics], None],
+    report: Callable[[RunShape | StepMetrics | StepTrace], None],
 ) -> None:
     replicas = dist.get_world_size() // options.pp
     mesh = init_device_mesh(device.type, (options.pp, replicas), mesh_dim_names=(PP, DP))

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
-from hfpp.train.events import RunShape, StepMetrics
+from hfpp.train.events import RunShape, StepMetrics, StepTrace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,6 +59,7 @@ class Reporter:
         self._description = ""
         self._shape: RunShape | None = None
         self._steps: list[StepMetrics] = []
+        self._traces: list[StepTrace] = []
         self._reference: list[tuple[float, float]] = []
 
     def __enter__(self) -> Self:
@@ -96,13 +97,16 @@ class Reporter:
         """Every step of the plain model so far: its loss and the norm of its gradients."""
         return self._reference
 
-    def handle(self, event: RunShape | StepMetrics) -> None:
+    def handle(self, event: RunShape | StepMetrics | StepTrace) -> None:
         """Takes one event of the ranks."""
         if isinstance(event, RunShape):
             self._shape = event
             self._console.print(_stage_table(event))
             self._folder.draw_schedule(self._options, event)
             self._begin("training", total=self._options.steps)
+            return
+        if isinstance(event, StepTrace):
+            self._traces.append(event)
             return
         self._steps.append(event)
         self._folder.append_metrics(event)
@@ -141,8 +145,22 @@ class Reporter:
                 f"allowed below {verdict.tolerance:.0e}",
                 soft_wrap=True,
             )
+        self._finish_trace()
         self._console.print(
             f"results are in {self._folder.path}; the trained weights are not saved", soft_wrap=True
+        )
+
+    def _finish_trace(self) -> None:
+        if not self._traces:
+            return
+        assert self._shape is not None
+        comparison = self._folder.write_trace(self._options, self._shape, self._traces)
+        recorded, planned = comparison.recorded.timeline.end, comparison.planned.end
+        self._console.print(
+            f"trace: {len(self._traces)} of {len(self._steps)} steps; step "
+            f"{comparison.recorded.step} took {1e3 * recorded:.1f} ms in the pipeline, and with "
+            f"the same computations, nothing in their way, {1e3 * planned:.1f} ms were planned",
+            soft_wrap=True,
         )
 
     def _start(self) -> str:
