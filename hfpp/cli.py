@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from hfpp.commands import check, profile, show, train
+from hfpp.commands import check, plan, profile, show, train
 from hfpp.errors import PipelineConfigError
 from hfpp.train.errors import TrainingError
 
@@ -50,6 +50,7 @@ _COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "check": check,
     "profile": profile,
+    "plan": plan,
     "show": show,
 }
 

@@ -20,6 +20,7 @@ from hfpp.plan.operations import (
     head_operations,
     layer_operations,
 )
+from hfpp.plan.traffic import layer_traffic
 from hfpp.plan.workload import Workload
 
 if TYPE_CHECKING:
@@ -195,32 +196,12 @@ def _unit(
 
 
 def _sent_seconds(layer: LayerShape, work: Workload, hardware: Hardware) -> float:
-    """What a layer's forward sends within its stage, as long as it takes; the backward as much.
-
-    Tensor parallelism gathers and scatters the hidden state around each part (arXiv 2205.05198),
-    experts' tokens go to their ranks and back, context parallelism gathers keys and values.
-    """
+    """What a layer's forward sends within its stage, as long as it takes; the backward as much."""
     near = hardware.node_bandwidth * hardware.bandwidth_efficiency
     far = hardware.network_bandwidth * hardware.bandwidth_efficiency
-    tokens = work.tokens
+    widths = (work.tp, work.ep * work.tp, work.cp * work.tp)  # tensor ranks are neighbours
     total = 0.0
-    parts = len(layer.mixers[:1]) + len(layer.feed_forwards[:1])
-    if work.tp > 1:
-        hidden = layer.norms[0] if layer.norms else 0
-        share = (work.tp - 1) / work.tp
-        rate = near if work.tp <= hardware.gpus_per_node else far
-        total += parts * (2 * tokens * hidden * work.width * share / rate + 2 * hardware.latency)
-    if work.ep > 1:
-        rate = near if work.ep * work.tp <= hardware.gpus_per_node else far
-        for part in layer.feed_forwards:
-            if isinstance(part, Experts):
-                routed = tokens / work.tp * part.top_k * part.router.inputs * work.width
-                share = (work.ep - 1) / work.ep
-                total += 2 * (routed * share / rate + hardware.latency)
-    if work.cp > 1:
-        rate = near if work.cp * work.tp <= hardware.gpus_per_node else far
-        for mixer in layer.mixers:
-            if isinstance(mixer, Attention):
-                wide = mixer.kv_heads * (mixer.head_dim + mixer.value_dim) / work.tp
-                total += (work.cp - 1) * tokens * wide * work.width / rate + hardware.latency
+    for sent, ranks in zip(layer_traffic(layer, work), widths, strict=True):
+        rate = near if ranks <= hardware.gpus_per_node else far
+        total += sent.nbytes / rate + sent.messages * hardware.latency
     return total

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from hfpp.plan.costs import ModelCosts, UnitCost
 from hfpp.plan.strict_json import JsonValue, read_json_file
@@ -12,7 +12,7 @@ from hfpp.plan.strict_json import JsonValue, read_json_file
 if TYPE_CHECKING:
     from os import PathLike
 
-__all__ = ["costs_as_json", "read_costs"]
+__all__ = ["CostsFile", "costs_as_json", "read_costs", "read_costs_file"]
 
 _FORMAT = "hfpp costs 1"
 _LARGEST = 64 << 20  # bytes of a file
@@ -49,8 +49,25 @@ def costs_as_json(costs: ModelCosts, **about: str | int) -> str:
     )
 
 
+class CostsFile(NamedTuple):
+    """What a file of costs says.
+
+    Attributes:
+        costs: of the model.
+        about: of what and where they were measured.
+    """
+
+    costs: ModelCosts
+    about: dict[str, Any]
+
+
 def read_costs(path: str | PathLike[str]) -> ModelCosts:
-    """The costs in a file that `costs_as_json` made.
+    """The costs in a file that `costs_as_json` made: see `read_costs_file`."""
+    return read_costs_file(path).costs
+
+
+def read_costs_file(path: str | PathLike[str]) -> CostsFile:
+    """What is in a file that `costs_as_json` made.
 
     Args:
         path: of the file.
@@ -67,13 +84,15 @@ def read_costs(path: str | PathLike[str]) -> ModelCosts:
     members["format"].one_of((_FORMAT,))
     source: Any = members["source"].one_of(("measured", "analytic"))
     kind: Literal["analytic", "measured"] = source
-    return ModelCosts(
+    costs = ModelCosts(
         embedding=_unit(members["embedding"]),
         layers=tuple(_unit(layer) for layer in members["layers"].items(most=_MOST_LAYERS)),
         head=_unit(members["head"]),
         boundary_bytes=members["boundary_bytes"].integer(),
         source=kind,
     )
+    about = members["about"].value
+    return CostsFile(costs, about if isinstance(about, dict) else {})
 
 
 def _unit(value: JsonValue) -> UnitCost:

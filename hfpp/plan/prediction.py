@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from hfpp.errors import PipelineConfigError
 
@@ -14,17 +14,16 @@ class _Parts:
     """Figures that add up."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
+        for name, value in self.parts().items():
             if not (math.isfinite(value) and value >= 0):
                 raise PipelineConfigError(
-                    f"{field.name} ({value}) must be a finite number that is not negative: "
-                    f"use {field.name}=0 where there is none"
+                    f"{name} ({value}) must be a finite number that is not negative: "
+                    f"use {name}=0 where there is none"
                 )
 
     def parts(self) -> dict[str, float]:
         """The figures by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return dict(vars(self))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,14 @@ from fractions import Fraction
 
 from hfpp.errors import PipelineConfigError
 
-__all__ = ["bytes_as_text", "parse_bandwidth", "parse_bytes", "parse_flops", "seconds_as_text"]
+__all__ = [
+    "bytes_as_text",
+    "count_as_text",
+    "parse_bandwidth",
+    "parse_bytes",
+    "parse_flops",
+    "seconds_as_text",
+]
 
 _NUMBER = re.compile(r"(\d{1,30}(?:\.\d{1,30})?(?:[eE]\+?\d{1,2})?) ?([A-Za-z/]*)", re.ASCII)
 _PREFIXES = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
@@ -96,6 +103,19 @@ def bytes_as_text(count: float) -> str:
         count, unit = count / 1024, unit + 1
     name = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")[unit]
     return f"{count:.0f} {name}" if unit == 0 or count >= 100 else f"{count:.1f} {name}"
+
+
+def count_as_text(count: float) -> str:
+    """A number with a decimal prefix and three digits.
+
+    Example:
+        >>> count_as_text(1.4159e6)
+        '1.42M'
+    """
+    unit = 0
+    while count >= 999.5 and unit < 5:
+        count, unit = count / 1000, unit + 1
+    return f"{count:.3g}{('', 'k', 'M', 'G', 'T', 'P')[unit]}"
 
 
 def seconds_as_text(seconds: float) -> str:

@@ -1,0 +1,278 @@
+"""`hfpp plan`: the best pipelines for a model on a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfpp.errors import PipelineConfigError
+from hfpp.plan.pipeline_plan import RECOMPUTE
+from hfpp.plan.schedule import SCHEDULES
+
+if TYPE_CHECKING:
+    from hfpp.plan.candidates import PlanRequest
+    from hfpp.plan.cluster import Cluster
+    from hfpp.plan.cost_sources import Measured
+    from hfpp.plan.planner import RankedPlan
+
+__all__ = ["add_to", "run"]
+
+_DEFAULT = " (default: %(default)s)"  # argparse fills it in
+
+
+def run(given: argparse.Namespace) -> int:
+    """Finds the best plans, prints them and writes what was asked for."""
+    from hfpp.plan.model_shape import ModelShape
+    from hfpp.plan.planner import find_plans
+
+    shape = ModelShape.from_config(given.config)
+    try:
+        cluster, request = _cluster(given), _request(given)
+        plans = find_plans(shape, cluster, request, measured=_measured(given))
+    except PipelineConfigError as error:
+        raise PipelineConfigError(_as_options(str(error))) from None
+    written = _write(given, plans, cluster)
+    if given.json:
+        sys.stdout.write(json.dumps(_as_json(plans, cluster, request), indent=1) + "\n")
+    else:
+        from hfpp.commands.plan_tables import print_plans
+
+        print_plans(plans, shape, cluster, width=given.width)
+    for path in written:
+        sys.stderr.write(f"{path} written\n")
+    return 0
+
+
+def _cluster(given: argparse.Namespace) -> Cluster:
+    from hfpp.plan.cluster import Cluster
+    from hfpp.plan.hardware import find_hardware
+    from hfpp.plan.sizes import parse_bandwidth, parse_bytes, parse_flops
+
+    changes: dict[str, Any] = {}
+    if given.gpus_per_node is not None:
+        changes["gpus_per_node"] = given.gpus_per_node
+    if given.memory is not None:
+        changes["memory_bytes"] = parse_bytes(given.memory, "memory")
+    if given.flops is not None:
+        changes["flops"] = float(parse_flops(given.flops, "flops"))
+    for name in ("node_bandwidth", "network_bandwidth"):
+        text = getattr(given, name)
+        if text is not None:
+            changes[name] = float(parse_bandwidth(text, name))
+    return Cluster(gpus=given.gpus, hardware=replace(find_hardware(given.hardware), **changes))
+
+
+def _request(given: argparse.Namespace) -> PlanRequest:
+    from hfpp.plan.candidates import PlanRequest
+
+    return PlanRequest(
+        global_batch_size=given.global_batch,
+        seq_len=given.seq_len,
+        tp=given.tp,
+        cp=given.cp,
+        ep=given.ep,
+        schedules=given.schedule,
+        pp_sizes=given.pp,
+        stages_per_rank=given.stages_per_rank,
+        microbatch_sizes=given.microbatch_size,
+        recompute=given.recompute,
+        sharding=given.sharding,
+        dtype=given.dtype,
+        top=given.top,
+    )
+
+
+def _measured(given: argparse.Namespace) -> Measured | None:
+    """The costs of every file, by the size of microbatch that it says."""
+    if given.costs is None:
+        return None
+    from hfpp.plan.costs_file import read_costs_file
+
+    found = {}
+    for path in given.costs:
+        costs, about = read_costs_file(path)
+        size, seq_len = about.get("microbatch_size"), about.get("seq_len")
+        if type(size) is not int or seq_len != given.seq_len:
+            raise PipelineConfigError(
+                f"--costs ({path}) were measured with --microbatch-size {size} and --seq-len "
+                f"{seq_len}, and not for sequences of --seq-len ({given.seq_len}): measure with "
+                f"hfpp profile --seq-len {given.seq_len}"
+            )
+        found[size] = costs
+    return found
+
+
+_OPTIONS = {
+    "global_batch_size": "global-batch",
+    "pp_sizes": "pp",
+    "microbatch_sizes": "microbatch-size",
+    **{
+        name: name.replace("_", "-")
+        for name in (
+            "gpus",
+            "gpus_per_node",
+            "memory",
+            "flops",
+            "hardware",
+            "node_bandwidth",
+            "network_bandwidth",
+            "seq_len",
+            "tp",
+            "cp",
+            "ep",
+            "pp",
+            "schedule",
+            "stages_per_rank",
+            "microbatch_size",
+            "recompute",
+            "sharding",
+            "dtype",
+            "top",
+        )
+    },
+}
+_NAMED = re.compile(rf"\b({'|'.join(_OPTIONS)})(?==| \()")
+
+
+def _as_options(message: str) -> str:
+    """A message that names arguments of functions, with the options that they are here."""
+    return _NAMED.sub(lambda found: f"--{_OPTIONS[found[1]]}", message)
+
+
+def _as_json(plans: list[RankedPlan], cluster: Cluster, request: PlanRequest) -> dict[str, Any]:
+    from hfpp.plan.plan_file import plan_as_json
+
+    return {
+        "cluster": asdict(cluster),
+        "request": asdict(request),
+        "plans": [
+            {
+                "plan": plan_as_json(ranked.plan),
+                "step_time": ranked.prediction.step_time,
+                "tokens_per_second": ranked.prediction.tokens_per_second,
+                "bubble": ranked.prediction.time.bubble / ranked.prediction.step_time,
+                "peak_memory": ranked.prediction.peak_memory.total,
+                "network_bytes": ranked.prediction.network.total,
+                "lost_by": ranked.lost_by,
+            }
+            for ranked in plans
+        ],
+    }
+
+
+def _write(given: argparse.Namespace, plans: list[RankedPlan], cluster: Cluster) -> list[Path]:
+    written = []
+    if given.out is not None:
+        from hfpp.plan.plan_file import write_plan
+
+        write_plan(plans[0].plan, given.out)
+        written.append(given.out)
+    if given.csv is not None:
+        from hfpp.plan.schedule import write_csv
+
+        write_csv(plans[0].plan.table(), given.csv)
+        written.append(given.csv)
+    if given.html is not None:
+        from hfpp.plan.plan_page import plan_page
+
+        given.html.write_text(plan_page(plans, cluster), encoding="utf-8")
+        written.append(given.html)
+    return written
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split(","))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command and its options."""
+    plan = commands.add_parser(
+        "plan",
+        help="find the best pipelines for a model on a cluster",
+        description=(
+            "Searches pipeline size, virtual stages, schedule, microbatch size, recomputation and "
+            "partition for the plans with most tokens per second that fit into memory. Nothing is "
+            "run: costs follow from the model's config.json and the hardware, or from a file that "
+            "hfpp profile wrote. Gradients are reduced after the last backward of each rank, while "
+            "other ranks still compute, and are not hidden behind its own computations."
+        ),
+        allow_abbrev=False,
+    )
+    add = plan.add_argument
+    add("config", metavar="CONFIG", help="a model's config.json, or a folder with one")
+    cluster = plan.add_argument_group("cluster")
+    cluster.add_argument(
+        "--gpus", type=int, metavar="N", required=True, help="devices of the whole job"
+    )
+    cluster.add_argument(
+        "--hardware",
+        metavar="NAME",
+        default="H100",
+        help=f"a known device: A100, H100, H200, B200{_DEFAULT}; what follows changes it",
+    )
+    for name, metavar, text in (
+        ("memory", "SIZE", "of a device, such as 80GiB"),
+        ("flops", "RATE", "peak of dense matrix products in bfloat16, such as 989e12"),
+        ("node-bandwidth", "RATE", "of a device within its node, one way, such as 450GB/s"),
+        ("network-bandwidth", "RATE", "of a device to other nodes, one way, such as 50GB/s"),
+    ):
+        cluster.add_argument(f"--{name}", metavar=metavar, help=text)
+    cluster.add_argument("--gpus-per-node", type=int, metavar="N", help="devices of a node")
+    job = plan.add_argument_group("job")
+    for name, default, text in (
+        ("global-batch", 2048, "sequences of a step, over all replicas"),
+        ("seq-len", 8192, "tokens of a sequence"),
+        ("tp", 1, "ranks that share every matrix"),
+        ("cp", 1, "ranks that share every sequence"),
+        ("ep", 1, "ranks that share the experts, among the replicas"),
+    ):
+        job.add_argument(f"--{name}", type=int, metavar="N", default=default, help=text + _DEFAULT)
+    job.add_argument(
+        "--sharding",
+        choices=("none", "optimizer"),
+        default="optimizer",
+        help=f"whether replicas divide the optimizer's states among them{_DEFAULT}",
+    )
+    job.add_argument("--dtype", metavar="NAME", help="of weights (default: the config's)")
+    job.add_argument(
+        "--costs",
+        type=_names,
+        metavar="FILE[,FILE]",
+        help="costs that hfpp profile measured on one such device, a file per microbatch size",
+    )
+    choices = plan.add_argument_group("choices, comma-separated (default: all that fit)")
+    choices.add_argument(
+        "--schedule", type=_names, metavar="NAME", default=(), help=", ".join(SCHEDULES)
+    )
+    for name, text in (
+        ("pp", "ranks of a pipeline"),
+        ("stages-per-rank", "virtual stages"),
+        ("microbatch-size", "sequences of a microbatch"),
+    ):
+        choices.add_argument(f"--{name}", type=_sizes, metavar="N", default=(), help=text)
+    choices.add_argument(
+        "--recompute", type=_names, metavar="KIND", default=(), help=", ".join(RECOMPUTE)
+    )
+    output = plan.add_argument_group("output")
+    output.add_argument("--top", type=int, metavar="N", default=10, help=f"plans to show{_DEFAULT}")
+    output.add_argument("--width", type=int, metavar="COLUMNS", help="of the table")
+    output.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    output.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the best plan as JSON, for pipeline_model(plan=...)",
+    )
+    output.add_argument(
+        "--csv", type=Path, metavar="FILE", help="write its schedule in torch's format"
+    )
+    output.add_argument("--html", type=Path, metavar="FILE", help="write a page to look at")
