@@ -35,13 +35,13 @@ MICROBATCH_SIZE, SEQ_LEN = 2, 128
 ROUNDS = 9
 PARTITIONS = ("uniform", "balanced")
 SLEEPING = [0.02] * 12, 0.08  # the head is worth four layers
-# The head is worth some five layers: narrow layers and many words.
+# The head is worth several layers: narrow layers and many words.
 CONFIG = LlamaConfig(
     hidden_size=256,
     intermediate_size=688,
     num_hidden_layers=12,
     num_attention_heads=4,
-    vocab_size=16_000,
+    vocab_size=32_000,
     use_cache=False,
 )
 
