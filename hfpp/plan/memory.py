@@ -43,7 +43,7 @@ class Keeping:
         replicas: ranks that hold the same parameters, over which the optimizer's states are
             divided; 1 where each keeps all.
         expert_replicas: the same for experts; None: ``replicas`` divided by ``ep``.
-        outputs: whether the last stage's outputs are kept for the caller to the step's end.
+        outputs: whether the last stage's outputs are kept to the step's end, and then joined.
         sends: whether what was sent stays to the step's end, as in torch's runtime for several
             stages per rank; None: where a rank has several.
         buffers_ahead: whether there is a buffer for every microbatch and direction from the start,
@@ -165,10 +165,11 @@ def rank_memory(
         for leaf in () if action is None else action.leaves:
             if leaf.kind.is_compute:
                 ledger.run(leaf)
-    activations, logits, sent = ledger.peak
+    outputs = 0
     if last in stages and keeping.outputs:
-        outputs = work.tokens / work.tp * shape.vocab_size * work.width
-        logits += round(n_microbatches * outputs)
+        outputs = round(n_microbatches * work.tokens / work.tp * shape.vocab_size * work.width)
+    ledger.finish(outputs, _exchanged(shape, work, stages, last))
+    activations, logits, sent = ledger.peak
     ends = sum((stage > 0) + (stage < last) for stage in stages)
     gradient = work.width if keeping.gradient_bytes is None else keeping.gradient_bytes
     return MemoryParts(
@@ -177,14 +178,17 @@ def rank_memory(
         optimizer=_states(parameters, experts, work, keeping) * keeping.optimizer_bytes,
         activations=activations,
         receive_buffers=sent + boundary * ends * (n_microbatches if keeping.buffers_ahead else 1),
-        logits=logits,
+        logits=outputs + logits,
     )
 
 
 def _parameters(
     shape: ModelShape, work: Workload, offsets: Sequence[int], stages: Sequence[int]
 ) -> tuple[int, int]:
-    """The rank's own parameters, and those of them that expert parallelism divides."""
+    """The rank's own parameters, and those of them that expert parallelism divides.
+
+    A tied matrix is held by the first and by the last stage, also where one rank has both.
+    """
     total = experts = 0
     last = len(offsets) - 2
     for stage in stages:
@@ -193,9 +197,18 @@ def _parameters(
             experts += expert_parameters(layer, work)
     total += embedding_parameters(shape, work) if 0 in stages else 0
     total += head_parameters(shape, work) if last in stages else 0
-    if shape.is_tied and {0, last} <= set(stages):
-        total -= shape.vocab_size * shape.hidden_size // work.tp
     return total, experts
+
+
+def _exchanged(shape: ModelShape, work: Workload, stages: Sequence[int], last: int) -> int:
+    """Bytes in which the gradients of a tied matrix are added up, at the end of the step.
+
+    Every rank that has it makes one flat copy; the first one, that adds, receives the other's too.
+    """
+    if not shape.is_tied or last == 0 or not {0, last} & set(stages):
+        return 0
+    copies = 2 if 0 in stages and last not in stages else 1
+    return copies * round(shape.vocab_size * shape.hidden_size / work.tp * work.width)
 
 
 def _states(parameters: int, experts: int, work: Workload, keeping: Keeping) -> int:
@@ -249,6 +262,13 @@ class _Ledger:
         self._loss -= stage.kept_by_loss
         self._send(index + 1)  # its output, which was among what it kept
         self._see(stage.after)
+
+    def finish(self, outputs: int, exchanged: int) -> None:
+        """The end of the step: outputs are joined beside what they are joined of."""
+        self._kept = 0
+        self._loss = outputs
+        self._sent = exchanged
+        self._see(0)
 
     def _send(self, other: int) -> None:
         if 0 <= other <= self._last and other not in self._held:

@@ -48,7 +48,8 @@ class Case(NamedTuple):
     @property
     def name(self) -> str:
         """What the case is called."""
-        return f"{self.model_type}-{self.schedule}-{self.dtype}-{self.pp_size}"
+        size = self.values["vocab_size"]
+        return f"{self.model_type}-{size}-{self.schedule}-{self.dtype}-{self.pp_size}"
 
     @property
     def config(self) -> Any:
@@ -119,7 +120,8 @@ def measure(world_size: int, case: Case) -> Measured:
 
     step()
     parameters = [p for part in pipeline.model_parts for p in part.parameters()]
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    for parameter in parameters:
+        parameter.grad = None
     buffers = [b for part in pipeline.model_parts for b in part.buffers()]
     received = [
         info.buffer
@@ -129,13 +131,14 @@ def measure(world_size: int, case: Case) -> Measured:
         for info in infos
         if getattr(info, "buffer", None) is not None
     ]
-    live = LiveBytes([*parameters, *gradients, *buffers, *received, ids])
+    live = LiveBytes([*parameters, *buffers, *received, ids])
     with live.counting():
         step()
+    gradients = [p.grad for p in parameters if p.grad is not None]
     parts = MemoryParts(
         parameters=_distinct(list(parameters)),
         gradients=_distinct(list(gradients)),
-        activations=live.peak,
+        activations=live.peak - _distinct(list(gradients)),
         receive_buffers=_distinct(received),
     )
     return parts, tuple(stage.stage_index for stage in pipeline.stages)

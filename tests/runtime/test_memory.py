@@ -50,11 +50,15 @@ _MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+_LARGE_VOCABULARY = {**_BASE, "vocab_size": 6000, "tie_word_embeddings": True}
+
 CASES = (
     Case("llama", _MODELS["llama"], "1F1B", (0, 3, 8)),
     Case("llama", _MODELS["llama"], "1F1B", (0, 5, 8), dtype="bfloat16"),
     Case("llama", _MODELS["llama"], "Interleaved1F1B", (0, 3, 5, 7, 8)),
     Case("llama", _MODELS["llama"], "ZBVZeroBubble", (0, 3, 4, 6, 8)),
+    Case("llama", _LARGE_VOCABULARY, "1F1B", (0, 5, 8), dtype="bfloat16"),
+    Case("llama", _LARGE_VOCABULARY, "ZBVZeroBubble", (0, 3, 4, 6, 8)),
     Case("qwen3_moe", _MODELS["qwen3_moe"], "Interleaved1F1B", (0, 3, 5, 7, 8)),
     Case("deepseek_v3", _MODELS["deepseek_v3"], "1F1B", (0, 5, 8)),
     Case("gpt_neox", _MODELS["gpt_neox"], "1F1B", (0, 3, 8)),
