@@ -14,7 +14,15 @@ from tests.test_import import loaded_by
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["train", "--help"], ["train", "--pp", "0"], ["check", "--help"], ["check"], []],
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["train", "--pp", "0"],
+        ["check", "--help"],
+        ["check"],
+        ["plan", "--help"],
+        [],
+    ],
 )
 def test_help_and_wrong_options_load_nothing_heavy(arguments):
     code = (

@@ -136,7 +136,7 @@ _OPTIONS = {
         )
     },
 }
-_NAMED = re.compile(rf"\b({'|'.join(_OPTIONS)})(?==| \()")
+_NAMED = re.compile(rf"\b({'|'.join(_OPTIONS)})(?==| \(| ')")
 
 
 def _as_options(message: str) -> str:
