@@ -10,6 +10,9 @@ namespace hfpp {
 constexpr bool is_backward(Kind kind) {  // makes the gradient of the stage's inputs
   return kind == Kind::FullBackward || kind == Kind::BackwardInput;
 }
+constexpr bool ends_backward(Kind kind) {  // makes the gradients of the stage's weights
+  return kind == Kind::FullBackward || kind == Kind::BackwardWeight;
+}
 constexpr bool is_send(Kind kind) {
   return kind == Kind::SendForward || kind == Kind::SendBackward;
 }

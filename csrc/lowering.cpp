@@ -4,17 +4,13 @@
 #include <algorithm>
 #include <vector>
 
+#include "dataflow.hpp"
 #include "messages.hpp"
 #include "resident_stages.hpp"
 
 namespace hfpp {
 
 namespace {
-
-// Whether the action completes a microbatch's gradients of the stage's weights.
-bool gives_weights(Kind kind) {
-  return kind == Kind::FullBackward || kind == Kind::BackwardWeight;
-}
 
 // Adds UNSHARD and RESHARD before computations, and REDUCE_GRAD after the last of a stage.
 class WholeStages {
@@ -55,7 +51,7 @@ class WholeStages {
  private:
   void reduce_after(const Action* first, const Action* last, Schedule& out) {
     for (const Action* action = first; action != last; ++action) {
-      if (!gives_weights(action->kind())) continue;
+      if (!ends_backward(action->kind())) continue;
       const auto stage = static_cast<std::size_t>(action->stage());
       if (stage >= done_.size() || ++done_[stage] != table_.n_microbatches()) continue;
       out.add({Kind::ReduceGrad, action->stage()});

@@ -46,14 +46,10 @@ class RankLedger {
     (computes_ ? report.end : report.start) = step_time - report.own.end;
   }
 
-  void keep_activation(std::int64_t bytes, RankReport& report) {
+  void begin_activation(RankReport& report) {
     report.peak_live = std::max(report.peak_live, ++live_);
-    keep(bytes, report);
   }
-  void free_activation(std::int64_t bytes) {
-    --live_;
-    held_ -= bytes;
-  }
+  void end_activation() { --live_; }
   void keep(std::int64_t bytes, RankReport& report) {
     held_ = checked_add(held_, bytes, "bytes of activations");
     report.peak_activation_bytes = std::max(report.peak_activation_bytes, held_);

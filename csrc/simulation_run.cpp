@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "dataflow.hpp"
+
 namespace hfpp {
 
 namespace {
@@ -199,13 +201,16 @@ void SimulationRun::keep_and_free(RankLedger& ledger, const Action* first, const
   RankReport& mine = report();
   for (const Action* part = first; part != last; ++part) {
     const auto stage = static_cast<std::size_t>(part->stage());
-    if (part->kind() == Kind::Forward) ledger.keep_activation(costs_.activation_bytes[stage], mine);
+    if (part->kind() != Kind::Forward) continue;
+    ledger.begin_activation(mine);
+    ledger.keep(costs_.activation_bytes[stage], mine);
   }
   for (const Action* part = first; part != last; ++part) {
     const auto stage = static_cast<std::size_t>(part->stage());
-    if (is_gradient(part->kind())) ledger.free_activation(costs_.activation_bytes[stage]);
+    if (is_gradient(part->kind())) ledger.free(costs_.activation_bytes[stage]);
     if (part->kind() == Kind::BackwardInput) ledger.keep(costs_.weight_bytes[stage], mine);
     if (part->kind() == Kind::BackwardWeight) ledger.free(costs_.weight_bytes[stage]);
+    if (ends_backward(part->kind())) ledger.end_activation();
   }
   if (times_tell_buffers()) return;
   for (const Route& route : inputs_) {

@@ -265,7 +265,7 @@ def _held(step: Step, rank: int, computes: list[Node], costs: Sequence[UnitCost]
 
     def note() -> None:
         held = sum(costs[s].activation_bytes for s, _ in live)
-        peaks.append((len(live), held + sum(costs[s].weight_bytes for s, _ in split)))
+        peaks.append((len(live) + len(split), held + sum(costs[s].weight_bytes for s, _ in split)))
 
     for node in computes:
         assert node.action is not None
