@@ -42,7 +42,7 @@ def test_every_option_has_a_flag_and_reaches_the_run(monkeypatch, tmp_path):
     arguments += ["--microbatch-size", "3", "--batch-size", "12", "--seq-len", "9", "--steps", "5"]
     arguments += ["--lr", "0.5", "--warmup-steps", "1", "--dtype", "float64", "--out", "o"]
     arguments += ["--max-grad-norm", "0.25", "--verify", "--force"]
-    arguments += ["--partition", "uniform", "--costs", "c"]
+    arguments += ["--partition", "uniform", "--costs", "c", "--trace", "2"]
     assert cli.main(["train", *arguments]) == 0
     for field in fields(TrainOptions):
         assert getattr(runs[1], field.name) != getattr(runs[0], field.name), field.name
