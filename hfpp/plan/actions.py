@@ -246,7 +246,7 @@ class ScheduleTable:
 
     def steps(self, rank: int) -> Iterator[Step]:
         """The actions of one rank with their places, idle columns left out."""
-        for column, action in enumerate(self.rows[rank]):
+        for column, action in enumerate(self.row(rank)):
             if action is not None:
                 yield Step(rank, column, action)
 

@@ -9,6 +9,7 @@ from typing import Any
 __all__ = ["LazyRows"]
 
 Row = list[Any]
+_PRINTED = 64  # ranks of which torch prints all actions
 
 
 class LazyRows(MutableMapping[int, Row]):
@@ -51,5 +52,13 @@ class LazyRows(MutableMapping[int, Row]):
         return f"<{len(self)} rows of actions, {made} made>"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[int, Row]:
-        """Plain rows: torch changes the copies that it prints."""
-        return {rank: copy(row) for rank, row in self.items()}
+        """Plain rows: torch copies them to print them all when a step fails.
+
+        Of a large pipeline, whose table nobody reads, only rows that were made have actions: else
+        the ranks of a failing step would fill their memory with those of all others.
+        """
+        small = len(self) <= _PRINTED
+        return {
+            rank: [] if row is None and not small else copy(self[rank])
+            for rank, row in self._rows.items()
+        }

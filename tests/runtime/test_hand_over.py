@@ -207,6 +207,14 @@ def test_rows_are_made_once_and_when_looked_at() -> None:
         rows[3]
 
 
+def test_a_failing_step_of_a_large_pipeline_makes_no_other_rows() -> None:
+    schedule = built("Interleaved1F1B", 96, 192, rank=7)
+    text = torch_schedules._format_pipeline_order(schedule.pipeline_order_with_comms, 2)
+    assert "7F0" in text
+    assert "8F0" not in text
+    assert "1 made" in repr(schedule.pipeline_order_with_comms)
+
+
 def test_a_table_of_a_file_stays_as_it_was_read(tmp_path: Path) -> None:
     """Rows that are looked at later do not read the file again."""
     path = tmp_path / "schedule.csv"
