@@ -1,4 +1,4 @@
-// Both ends of every message exist, and between two ranks they are in the same order.
+// What is wrong with messages: one is never sent, or two ranks have theirs in different orders.
 #include <algorithm>
 #include <string>
 
@@ -25,9 +25,8 @@ class Channel {
       send = next_send(send + 1);
       receive = next_receive(receive + 1);
     }
-    if (send != no_send) require_peer(source_, send, target_);
-    if (receive != no_receive) require_peer(target_, receive, source_);
-    if (send == no_send) return;  // both are at their ends, as every message has two
+    if (receive == no_receive) return;  // the rows were checked: what is sent is received
+    require_send(receive);
     fail_at(schedule_, source_, send,
             "ranks " + std::to_string(source_) + " and " + std::to_string(target_) +
                 " post their messages in different orders: here " + message_of(*send) + ", there " +
@@ -49,14 +48,13 @@ class Channel {
       return is_kind(action.kind()) && stages_.rank_of(peer_stage(action)) == peer;
     });
   }
-  void require_peer(std::int64_t rank, const Action* message, std::int64_t peer) const {
-    const Action other = peer_action(*message);
-    const Action* const end = schedule_.end(peer);
-    if (std::find(schedule_.begin(peer), end, other) != end) return;
-    fail_at(schedule_, rank, message,
-            "rank " + std::to_string(peer) + " has no counterpart for " +
-                message_of(is_send(message->kind()) ? *message : other) + ": it lacks " +
-                text_of(other));
+  void require_send(const Action* receive) const {
+    const Action send = peer_action(*receive);
+    const Action* const end = schedule_.end(source_);
+    if (std::find(schedule_.begin(source_), end, send) != end) return;
+    fail_at(schedule_, target_, receive,
+            "rank " + std::to_string(source_) + " has no counterpart for " + message_of(send) +
+                ": it lacks " + text_of(send));
   }
   static std::string message_of(Action send) {
     return std::string("the ") + (send.kind() == Kind::SendForward ? "activation" : "gradient") +
