@@ -6,7 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from hfpp.plan.page_bars import Bar, legend, partition_picture, stacked_bars
-from hfpp.plan.render import schedule_svg
+from hfpp.plan.render import schedule_html
 from hfpp.plan.sizes import bytes_as_text, count_as_text, seconds_as_text
 
 if TYPE_CHECKING:
@@ -161,4 +161,6 @@ def _partition(best: RankedPlan) -> str:
 
 
 def _schedule(best: RankedPlan) -> str:
-    return f'<div class="wide">{schedule_svg(best.plan.table())}</div>'
+    return schedule_html(
+        best.plan.table(), costs=best.stages, link=best.link, boundary_bytes=best.boundary_bytes
+    )

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from hfpp.plan.actions import ScheduleTable
 
+_SWITCHES = ("activation", "gradient")  # transformers' names of checkpointing, newer first
+
 __all__ = ["Planned", "fingerprint_of", "follow_plan"]
 
 
@@ -149,23 +151,24 @@ def _check_recompute(
     plan: PipelinePlan, name: str, model: nn.Module, *, is_parallelized: bool
 ) -> None:
     """A model that keeps what the plan recomputes needs more memory, and the reverse more time."""
-    switched_on = getattr(model, "is_gradient_checkpointing", None)
-    if switched_on is None or is_parallelized:
+    word = next((w for w in _SWITCHES if hasattr(type(model), f"is_{w}_checkpointing")), None)
+    if word is None or is_parallelized:
         return
+    switched_on = getattr(model, f"is_{word}_checkpointing")
     if switched_on and plan.recompute == "none":
         raise PipelineConfigError(
-            f"plan: {name} computes nothing again (recompute 'none'), but the model has gradient "
-            "checkpointing: call model.gradient_checkpointing_disable()"
+            f"plan: {name} computes nothing again (recompute 'none'), but the model has "
+            f"checkpointing: call model.{word}_checkpointing_disable()"
         )
     if not switched_on and plan.recompute != "none":
         remedy = (
-            'call model.gradient_checkpointing_enable({"use_reentrant": False})'
+            f'call model.{word}_checkpointing_enable({{"use_reentrant": False}})'
             if plan.recompute == "full"
             else "apply selective checkpointing to the stages in parallelize_fn"
         )
         raise PipelineConfigError(
             f"plan: {name} counts on recomputation ({plan.recompute!r}) to fit into memory, but "
-            f"the model has no gradient checkpointing: {remedy}"
+            f"the model has no checkpointing: {remedy}"
         )
 
 
