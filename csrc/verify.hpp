@@ -59,6 +59,11 @@ struct LiveActivations {
 LiveActivations check_rows(const Schedule& schedule, const StageRanks& stages,
                            std::optional<std::int64_t> activation_limit);
 
+// Names the first action that a rank lacks, where it lacks one; in time proportional to the table,
+// however many stages and microbatches it names.
+[[noreturn]] void fail_missing(const Schedule& schedule, const StageRanks& stages,
+                               std::int64_t rank);
+
 // Both ends of every message exist, and between two ranks they are in the same order. `run` finds
 // that something is wrong with them; this says what.
 void check_messages(const Schedule& schedule, const StageRanks& stages);

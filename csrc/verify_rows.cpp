@@ -53,8 +53,6 @@ class RowCheck {
   void check_reduction(const Action* action, StageState& state);
   void check_end() const;
   void end_group();
-  [[noreturn]] void fail_missing() const;
-  std::string witness(std::int64_t stage, std::int64_t microbatch) const;
 
   Cell& cell_of(Action action) {
     return cells_[static_cast<std::size_t>(stages_.index_on_rank(action.stage()) * microbatches_ +
@@ -104,7 +102,7 @@ std::int64_t RowCheck::check(std::int64_t rank, std::int64_t limit, const Action
   const std::int64_t cells =
       checked_multiply(stages_.per_rank(), microbatches_, "stages of a rank * microbatches");
   // A file may name any microbatch. So many more cells than actions say that most are missing.
-  if (cells / 4 > schedule_.size(rank) + 1024) fail_missing();
+  if (cells / 4 > schedule_.size(rank) + 1024) fail_missing(schedule_, stages_, rank);
   cells_.assign(static_cast<std::size_t>(cells), 0);
   std::fill(states_.begin(), states_.end(), StageState{});
   group_cells_.clear();
@@ -126,7 +124,7 @@ std::int64_t RowCheck::check(std::int64_t rank, std::int64_t limit, const Action
       if (peak > limit && over == nullptr) over = action;
     }
   }
-  if (forwards_ != cells || backwards_ != cells) fail_missing();
+  if (forwards_ != cells || backwards_ != cells) fail_missing(schedule_, stages_, rank);
   check_end();
   if (unwaited_sends_ != 0 && rank_without_wait_ < 0) rank_without_wait_ = rank;
   return peak;
@@ -322,70 +320,6 @@ void RowCheck::check_send_waits() const {
   fail_at(schedule_, rank_without_wait_, send,
           "no " + text_of(send->as(wait)) +
               " follows, although the table waits for sends: it waits for each or for none");
-}
-
-// Names the first action that the row lacks. It looks at no more cells than the row has actions.
-void RowCheck::fail_missing() const {
-  std::vector<std::int64_t> codes;
-  for (const Action* action = schedule_.begin(rank_); action != schedule_.end(rank_); ++action) {
-    if (is_compute(action->kind())) codes.push_back(action->alone().code());
-  }
-  std::sort(codes.begin(), codes.end());
-  for (std::int64_t k = 0; k < stages_.per_rank(); ++k) {
-    const std::int64_t stage = stages_.stage_on_rank(rank_, k);
-    for (std::int64_t microbatch = 0; microbatch < microbatches_; ++microbatch) {
-      const auto has = [&](Kind kind) {
-        return std::binary_search(codes.begin(), codes.end(),
-                                  Action(kind, stage, microbatch).code());
-      };
-      std::string missing;
-      if (!has(Kind::Forward)) {
-        missing = text_of({Kind::Forward, stage, microbatch});
-      } else if (has(Kind::BackwardInput) && !has(Kind::BackwardWeight)) {
-        missing = text_of({Kind::BackwardWeight, stage, microbatch});
-      } else if (!has(Kind::BackwardInput) && !has(Kind::FullBackward)) {
-        missing = text_of({Kind::FullBackward, stage, microbatch}) + " (or I and W)";
-      } else {
-        continue;
-      }
-      throw ConfigError(schedule_.name() + ": rank " + std::to_string(rank_) + ": action " +
-                        missing + " is missing in its " +
-                        std::to_string(schedule_.column_of(rank_, schedule_.end(rank_) - 1) + 1) +
-                        " columns: every stage has a forward and a backward for each of the " +
-                        std::to_string(microbatches_) + " microbatches (" +
-                        witness(stage, microbatch) + ")");
-    }
-  }
-  throw std::logic_error("fail_missing: nothing is missing");
-}
-
-// Where the table says that there is such a microbatch: nearest first.
-std::string RowCheck::witness(std::int64_t stage, std::int64_t microbatch) const {
-  struct Place {
-    std::int64_t rank = 0;
-    const Action* action = nullptr;
-  };
-  Place same_stage;
-  Place same;
-  Place highest;
-  for (std::int64_t rank = 0; rank < schedule_.pp_size(); ++rank) {
-    for (const Action* a = schedule_.begin(rank); a != schedule_.end(rank); ++a) {
-      if (!has_microbatch(a->kind())) continue;
-      if (highest.action == nullptr || a->microbatch() > highest.action->microbatch()) {
-        highest = {rank, a};
-      }
-      if (a->microbatch() != microbatch) continue;
-      if (same.action == nullptr) same = {rank, a};
-      if (same_stage.action == nullptr && a->stage() == stage && rank == rank_) {
-        same_stage = {rank, a};
-      }
-    }
-  }
-  const Place place = same_stage.action != nullptr ? same_stage
-                      : same.action != nullptr     ? same
-                                                   : highest;
-  return schedule_.place_of(place.rank, place.action) + " has microbatch " +
-         std::to_string(place.action->microbatch());
 }
 
 }  // namespace
