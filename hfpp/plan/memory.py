@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hfpp.plan.model_shape import ModelShape
     from hfpp.plan.workload import Workload
 
-__all__ = ["Keeping", "StageBytes", "rank_memory", "stage_bytes"]
+__all__ = ["exchanged_bytes", "Keeping", "StageBytes", "rank_memory", "stage_bytes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +168,7 @@ def rank_memory(
     outputs = 0
     if last in stages and keeping.outputs:
         outputs = round(n_microbatches * work.tokens / work.tp * shape.vocab_size * work.width)
-    ledger.finish(outputs, _exchanged(shape, work, stages, last))
+    ledger.finish(outputs, exchanged_bytes(shape, work, stages, last))
     activations, logits, sent = ledger.peak
     ends = sum((stage > 0) + (stage < last) for stage in stages)
     gradient = work.width if keeping.gradient_bytes is None else keeping.gradient_bytes
@@ -187,7 +187,8 @@ def _parameters(
 ) -> tuple[int, int]:
     """The rank's own parameters, and those of them that expert parallelism divides.
 
-    A tied matrix is held by the first and by the last stage, also where one rank has both.
+    A tied matrix is held by the first and by the last stage, also where one rank has both; a single
+    stage has it once.
     """
     total = experts = 0
     last = len(offsets) - 2
@@ -197,10 +198,12 @@ def _parameters(
             experts += expert_parameters(layer, work)
     total += embedding_parameters(shape, work) if 0 in stages else 0
     total += head_parameters(shape, work) if last in stages else 0
+    if shape.is_tied and last == 0:
+        total -= -(-shape.vocab_size * shape.hidden_size // work.tp)
     return total, experts
 
 
-def _exchanged(shape: ModelShape, work: Workload, stages: Sequence[int], last: int) -> int:
+def exchanged_bytes(shape: ModelShape, work: Workload, stages: Sequence[int], last: int) -> int:
     """Bytes in which the gradients of a tied matrix are added up, at the end of the step.
 
     Every rank that has it makes one flat copy; the first one, that adds, receives the other's too.

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hfpp.plan.candidates import ranks_of
-from hfpp.plan.memory import StageBytes, rank_memory, stage_bytes
+from hfpp.plan.memory import StageBytes, exchanged_bytes, rank_memory, stage_bytes
 
 if TYPE_CHECKING:
     from hfpp.plan.actions import ScheduleTable
@@ -58,10 +58,13 @@ class RankBytes:
             )
             ends = sum((stage > 0) + (stage < last) for stage in own)
             stays = report.sent_bytes if len(own) > 1 else 0
+            # When all activations are gone, outputs are joined and tied gradients exchanged.
+            joined = exchanged_bytes(self._replicas.shape, work, own, last)
+            joined += outputs if last in own else 0
             found.append(
                 replace(
                     self._replicas.static_memory(held, candidate.parallel),
-                    activations=report.peak_activation_bytes + space,
+                    activations=max(report.peak_activation_bytes + space, joined),
                     receive_buffers=boundary * ends * candidate.n_microbatches + stays,
                     logits=outputs if last in own else 0,
                 )

@@ -107,8 +107,8 @@ class Replicas:
             total += embedding_parameters(self.shape, self.work) if stage == 0 else 0
             is_last = stage == len(offsets) - 2
             total += head_parameters(self.shape, self.work) if is_last else 0
-        if self.shape.is_tied and {0, len(offsets) - 2} <= set(stages):
-            total -= self._matrix  # one rank has both ends, and the matrix once
+        if self.shape.is_tied and len(offsets) == 2:
+            total -= self._matrix  # one stage has both ends; two stages have a copy each
         return Held(total - expert, expert)
 
     @cached_property

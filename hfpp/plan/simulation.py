@@ -79,7 +79,8 @@ class RankSimulation:
         last: when its last computation ends.
         peak_live: stages and microbatches whose forward has begun and whose backward (B, or W
             where it is split) has not ended: as the verifier counts them.
-        peak_activation_bytes: their ``activation_bytes`` until B or I, ``weight_bytes`` from I to W.
+        peak_activation_bytes: their ``activation_bytes`` until B or I, and ``weight_bytes`` from I
+            to W.
         peak_receive_buffers: messages for which it holds memory: from the receive in the table, or
             from the begin of the transfer where the table has none, to the end of the computation
             that takes them.

@@ -174,7 +174,7 @@ def test_less_memory_moves_layers_or_plans():
         assert best.prediction.peak_memory.total <= memory
         needed.append(best.prediction.peak_memory.total)
         seconds.append(best.prediction.step_time)
-        memory = int(needed[-1] * 0.8)
+        memory = int(needed[-1] * 0.9)
     assert len(needed) >= 4
     assert seconds == sorted(seconds)
 
