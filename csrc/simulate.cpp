@@ -2,6 +2,7 @@
 #include "simulate.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <string>
 #include <utility>
@@ -49,7 +50,7 @@ void ActionCosts::check(std::int64_t num_stages) const {
 Simulation::Simulation(const Schedule& schedule, const ActionCosts& costs)
     : schedule_(schedule),
       transfers_(schedule),
-      spans_(static_cast<std::size_t>(schedule.num_actions())),
+      spans_(new Span[static_cast<std::size_t>(schedule.num_actions())]),
       reports_(static_cast<std::size_t>(schedule.pp_size())) {
   costs.check(transfers_.num_stages());
   SimulationRun(*this, costs).run();
@@ -86,10 +87,13 @@ std::vector<Simulation::Sent> Simulation::sent_by(std::int64_t rank) const {
 // to the end of the computation that takes it. What is freed at a time is free for what begins
 // then.
 void Simulation::count_receive_buffers(const TransferCosts& costs) {
-  std::vector<std::pair<double, std::int64_t>> begins;
-  std::vector<std::pair<double, std::int64_t>> ends;
+  using Event = std::pair<double, std::int64_t>;  // when, and the bytes
+  // A rank takes its activations about in the order in which they come, and so its gradients.
+  std::array<std::vector<Event>, 2> begins;
+  std::vector<Event> in_order;
+  std::vector<Event> ends;
   for (std::int64_t rank = 0; rank < schedule_.pp_size(); ++rank) {
-    begins.clear();
+    for (std::vector<Event>& some : begins) some.clear();
     ends.clear();
     const Action* const row_end = schedule_.end(rank);
     for (const Action* part = schedule_.begin(rank); part != row_end; ++part) {
@@ -98,13 +102,18 @@ void Simulation::count_receive_buffers(const TransferCosts& costs) {
       if (!route.crosses()) continue;
       const Action* const last = group_end(part, row_end) - 1;
       const std::int64_t bytes = transfers_.bytes(costs, route);
-      begins.emplace_back(transfers_[route].span.start, bytes);
+      begins[route.gradient ? 1 : 0].emplace_back(transfers_[route].span.start, bytes);
       ends.emplace_back((spans(rank) + (last - schedule_.begin(rank)))->end, bytes);
     }
-    std::sort(begins.begin(), begins.end());
+    for (std::vector<Event>& some : begins) {
+      if (!std::is_sorted(some.begin(), some.end())) std::sort(some.begin(), some.end());
+    }
+    in_order.resize(ends.size());
+    std::merge(begins[0].begin(), begins[0].end(), begins[1].begin(), begins[1].end(),
+               in_order.begin());
     RankLedger ledger;
     std::size_t ended = 0;
-    for (const auto& [begin, bytes] : begins) {
+    for (const auto& [begin, bytes] : in_order) {
       for (; ended < ends.size() && ends[ended].first <= begin; ++ended) {
         ledger.free_buffer(ends[ended].second);
       }

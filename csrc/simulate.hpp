@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "schedule.hpp"
@@ -62,7 +63,7 @@ class Simulation {
   }
   // One span per action of the rank's row.
   const Span* spans(std::int64_t rank) const {
-    return spans_.data() + (schedule_.begin(rank) - schedule_.begin(0));
+    return spans_.get() + (schedule_.begin(rank) - schedule_.begin(0));
   }
 
   // What leaves for another rank when a computation of that rank is done.
@@ -80,7 +81,7 @@ class Simulation {
 
   const Schedule& schedule_;
   Transfers transfers_;
-  std::vector<Span> spans_;
+  std::unique_ptr<Span[]> spans_;  // written once, when each action has run
   std::vector<RankReport> reports_;
   double step_time_ = 0;
 };

@@ -59,6 +59,9 @@ void SimulationRun::run() {
 
 bool SimulationRun::step(Row& row) {
   const Action* const first = row.next;
+  // The rank comes back to its row after many others: what follows is on its way by then.
+  __builtin_prefetch(first + 8);
+  __builtin_prefetch(&span(first) + 4, 1);
   const Action* const last = group_end(first, row.end);
   for (const Action* part = first; last - first > 1 && part != last; ++part) {
     if (!is_compute(part->kind())) fail(part, "an overlapped group holds computations only");
@@ -116,12 +119,14 @@ void SimulationRun::check_order(const Action* part) {
 // Notes what a computation takes from another rank; false where it is not there yet.
 bool SimulationRun::find_input(Row& row, const Action* part) {
   if (!transfers_.takes(*part)) return true;
-  const Route route = transfers_.input(*part);
+  inputs_.push_back(transfers_.input(*part));
+  const Route& route = inputs_.back();
   if (!route.crosses()) {
     const std::uint8_t wanted = route.gradient ? kGradient : kForward;
-    if ((done(route.producer, part->microbatch()) & wanted) != 0) return true;
-    row.waits_for = route.message;
-    return false;
+    const bool there = (done(route.producer, part->microbatch()) & wanted) != 0;
+    if (!there) row.waits_for = route.message;
+    inputs_.pop_back();
+    return there;
   }
   const Message& message = transfers_[route];
   if (transfers_.spelled_out() && std::isnan(message.span.start)) {
@@ -133,7 +138,6 @@ bool SimulationRun::find_input(Row& row, const Action* part) {
     row.waits_for = route.message;
     return false;
   }
-  inputs_.push_back(route);
   return true;
 }
 
