@@ -11,7 +11,7 @@ SANITIZE := build/sanitize
 
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 
-.PHONY: help setup demo test sweep bench lint format sanitize wheel-check clean
+.PHONY: help setup demo test sweep bench lint format sanitize fuzz wheel-check clean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -90,7 +90,21 @@ sanitize: setup  ## Run the native checks and the table tests under ASan and UBS
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  ../venv/bin/python -m pytest -p no:cacheprovider -m "not torch" \
 	  tests/test_core.py tests/plan/test_placement.py tests/plan/test_partition.py \
-	  tests/plan/test_tensor_shapes.py
+	  tests/plan/test_tensor_shapes.py tests/plan/test_balance.py tests/plan/test_verify_faults.py \
+	  tests/plan/test_schedule_files.py
+
+# Five minutes each, from the corpus of the tests; what breaks is left in build/fuzz. Needs Clang.
+FUZZ_SECONDS ?= 300
+fuzz: setup  ## Fuzz the readers of schedule files under ASan and UBSan.
+	cmake=$$(command -v $(BIN)/cmake || command -v cmake); \
+	$$cmake -S . -B build/fuzz -DCMAKE_CXX_COMPILER=$${CLANG:-clang++} -DCMAKE_BUILD_TYPE=Release \
+	  -DHFPP_FUZZ=ON -DCMAKE_DISABLE_FIND_PACKAGE_pybind11=ON >/dev/null && \
+	$$cmake --build build/fuzz --target fuzz_csv fuzz_json
+	for kind in csv json; do \
+	  mkdir -p build/fuzz/$$kind && \
+	  build/fuzz/fuzz_$$kind -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=1024 -timeout=10 \
+	    -artifact_prefix=build/fuzz/ -dict=tests/plan/corpus/$$kind.dict \
+	    build/fuzz/$$kind tests/plan/corpus/$$kind || exit 1; done
 
 wheel-check: setup  ## Build sdist and wheel, and use the wheel in an empty environment.
 	.ci/wheel-check $(BIN)/python
