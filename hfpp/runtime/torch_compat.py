@@ -58,6 +58,7 @@ __all__ = [
     "is_intercepted",
     "load_table",
     "local_stages",
+    "lowering_options",
     "merge_outputs",
     "ranks_agreed_on_static",
     "other_infrastructure",
@@ -150,13 +151,13 @@ def show_order(schedule: TorchSchedule, pp_size: int, make: Callable[[], Schedul
 
     @cache
     def reduced() -> ScheduleTable:
-        return lower(make(), communication=False, unshard=False, **_lowering())
+        return lower(make(), communication=False, unshard=False, **lowering_options())
 
     rows = LazyRows(pp_size, lambda rank: _torch_row(reduced(), rank))
     cast("Any", schedule).pipeline_order = rows
 
 
-def _lowering() -> dict[str, bool]:
+def lowering_options() -> dict[str, bool]:
     """How this version of torch lowers a table, as `hfpp.plan.lowering.lower` calls it."""
     unshard = inspect.signature(_schedules._add_unshard_reshard).parameters
     return {
@@ -169,7 +170,7 @@ def _lowering() -> dict[str, bool]:
 def _rows_to_run(table: ScheduleTable) -> Callable[[int], list[Any]]:
     """Makes the row of any rank with all that this version of torch needs."""
     if not table.has_communication:
-        lowered = lower(table, **_lowering())
+        lowered = lower(table, **lowering_options())
         return lambda rank: _torch_row(lowered, rank)
     has_waits = table.has(ActionKind.WAIT_SEND_FORWARD, ActionKind.WAIT_SEND_BACKWARD)
     add_waits = None if has_waits else getattr(_schedules, "_add_wait_send", None)
