@@ -30,6 +30,8 @@ class UnitCost:
         parameters: number of parameters that the rank holds.
         activation_bytes: bytes kept from the forward to the backward.
         weight_bytes: bytes kept from the inputs' to the weights' part of a split backward.
+        split_backward: seconds that the weights' part takes longer where a schedule splits the
+            backward; torch then walks the graph twice.
     """
 
     forward: float
@@ -38,6 +40,7 @@ class UnitCost:
     parameters: int = 0
     activation_bytes: int = 0
     weight_bytes: int = 0
+    split_backward: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -69,10 +72,11 @@ def total_cost(units: Iterable[UnitCost]) -> UnitCost:
             u.parameters,
             u.activation_bytes,
             u.weight_bytes,
+            u.split_backward,
         )
         for u in units
     ]
-    columns = list(zip(*rows, strict=True)) or [(0,)] * 6
+    columns = list(zip(*rows, strict=True)) or [(0,)] * 7
     return UnitCost(
         forward=math.fsum(columns[0]),
         backward_input=math.fsum(columns[1]),
@@ -80,6 +84,7 @@ def total_cost(units: Iterable[UnitCost]) -> UnitCost:
         parameters=sum(columns[3]),
         activation_bytes=sum(columns[4]),
         weight_bytes=sum(columns[5]),
+        split_backward=math.fsum(columns[6]),
     )
 
 

@@ -104,4 +104,5 @@ def _unit(value: JsonValue) -> UnitCost:
         parameters=members["parameters"].integer(),
         activation_bytes=members["activation_bytes"].integer(),
         weight_bytes=members["weight_bytes"].integer(),
+        split_backward=members["split_backward"].number(),
     )

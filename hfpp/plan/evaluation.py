@@ -239,11 +239,12 @@ class Evaluator:
         key = (candidate.microbatch_size, candidate.recompute)
         shares = self._source.shares(*key)
         each = candidate.n_microbatches / candidate.pp_size
+        mean = math.fsum(report.busy for report in simulation.ranks) / candidate.pp_size
         return TimeParts(
-            compute=each * shares.compute,
+            compute=max(0.0, mean - each * (shares.recompute + shares.collectives)),
             recompute=each * shares.recompute,
             collectives=each * shares.collectives,
-            imbalance=max(0.0, slowest - each * math.fsum(shares)),
+            imbalance=max(0.0, slowest - mean),
             bubble=max(0.0, simulation.step_time - slowest),
             reduction=max(0.0, after - update),
             optimizer=update,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hfpp.plan.model_shape import ModelShape
     from hfpp.plan.workload import Workload
 
-__all__ = ["exchanged_bytes", "Keeping", "StageBytes", "rank_memory", "stage_bytes"]
+__all__ = ["Keeping", "StageBytes", "exchanged_bytes", "rank_memory", "stage_bytes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,8 +187,8 @@ def _parameters(
 ) -> tuple[int, int]:
     """The rank's own parameters, and those of them that expert parallelism divides.
 
-    A tied matrix is held by the first and by the last stage, also where one rank has both; a single
-    stage has it once.
+    A tied matrix is held by the first and by the last stage, also where one rank has both, but
+    once where they are one stage.
     """
     total = experts = 0
     last = len(offsets) - 2

@@ -108,7 +108,7 @@ class Replicas:
             is_last = stage == len(offsets) - 2
             total += head_parameters(self.shape, self.work) if is_last else 0
         if self.shape.is_tied and len(offsets) == 2:
-            total -= self._matrix  # one stage has both ends; two stages have a copy each
+            total -= self._matrix  # one stage has both ends, and the matrix once
         return Held(total - expert, expert)
 
     @cached_property

@@ -173,7 +173,7 @@ def simulate(
         forward=[cost.forward for cost in costs],
         backward=[cost.backward for cost in costs],
         backward_input=[cost.backward_input for cost in costs],
-        backward_weight=[cost.backward_weight for cost in costs],
+        backward_weight=[cost.backward_weight + cost.split_backward for cost in costs],
         activation_bytes=[cost.activation_bytes for cost in costs],
         weight_bytes=[cost.weight_bytes for cost in costs],
         activation_seconds=forwards,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hfpp import _core
 from hfpp.plan.costs import ModelCosts, UnitCost
 from hfpp.profile.pieces import Piece, pieces_of
+from hfpp.runtime import torch_compat as compat
 from hfpp.runtime.find_anatomy import find_anatomy
 from hfpp.runtime.layer_list import list_of_layers
 from hfpp.runtime.loss import causal_lm_loss
@@ -39,7 +40,9 @@ def profile_model(
     Each layer is run with the arguments that the model gives it. Layers of the same class, sizes
     and settings are timed once. What runs before the layers counts as the embedding, what runs
     after them, with the loss, as the head. The backward of the inputs is timed by itself; that of
-    the weights is what a whole backward takes longer. Of several runs the median counts.
+    the weights is what a whole backward takes longer; what a backward in two parts, as
+    zero-bubble schedules run it, takes more than a whole one is timed too. Of several runs the
+    median counts.
 
     Bytes of activations are those of tensors that autograd keeps for the backward, without
     parameters; between the halves of a split backward all of a layer's are taken to be kept.
@@ -137,6 +140,7 @@ class _Run:
     forward: float
     backward_input: float
     backward: float
+    split: float  # of both parts of a backward that is split as zero-bubble schedules do
 
 
 def _measured(piece: Piece, device: torch.device, repeats: int, model: nn.Module) -> UnitCost:
@@ -144,6 +148,7 @@ def _measured(piece: Piece, device: torch.device, repeats: int, model: nn.Module
     kept = _kept_bytes(piece, model)
     backward_input = statistics.median(run.backward_input for run in runs)
     backward = statistics.median(run.backward for run in runs)
+    split = statistics.median(run.split for run in runs)
     return UnitCost(
         forward=statistics.median(run.forward for run in runs),
         backward_input=backward_input,
@@ -151,6 +156,7 @@ def _measured(piece: Piece, device: torch.device, repeats: int, model: nn.Module
         parameters=sum(p.numel() for p in piece.parameters),
         activation_bytes=kept,
         weight_bytes=kept if piece.parameters else 0,
+        split_backward=max(0.0, split - backward),
     )
 
 
@@ -159,7 +165,7 @@ def _run(piece: Piece, device: torch.device) -> _Run:
     output = piece.run(piece.hidden)
     forward = _now(device) - started
     if not output.requires_grad:  # such as a frozen embedding
-        return _Run(forward, 0.0, 0.0)
+        return _Run(forward, 0.0, 0.0, 0.0)
     gradient = torch.ones_like(output)
     inputs = () if piece.hidden is None else (piece.hidden,)
     backward_input = 0.0
@@ -169,7 +175,33 @@ def _run(piece: Piece, device: torch.device) -> _Run:
         backward_input = _now(device) - started
     started = _now(device)
     torch.autograd.grad(output, (*inputs, *piece.parameters), gradient, allow_unused=True)
-    return _Run(forward, backward_input, _now(device) - started)
+    backward = _now(device) - started
+    return _Run(forward, backward_input, backward, _split_seconds(piece, device))
+
+
+def _split_seconds(piece: Piece, device: torch.device) -> float:
+    """Both parts of a split backward; 0 where torch does not split this piece's."""
+    if piece.hidden is None or not piece.parameters:
+        return 0.0  # the first stage does its whole backward at once
+    output = piece.run(piece.hidden)
+    output = output.clone() if output._is_view() else output
+    gradient = torch.ones_like(output)
+    tensors = (piece.hidden, *piece.parameters)
+    before = [tensor.grad for tensor in tensors]  # to which torch would add
+    for tensor in tensors:
+        tensor.grad = None
+    try:
+        started = _now(device)
+        weights = compat.split_backward(output, gradient, (piece.hidden,), piece.parameters)
+        if weights is None:
+            return 0.0
+        weights()
+        return _now(device) - started
+    except RuntimeError:  # graphs that share parts, which stages do not split either
+        return 0.0
+    finally:
+        for tensor, kept in zip(tensors, before, strict=True):
+            tensor.grad = kept
 
 
 def _kept_bytes(piece: Piece, model: nn.Module) -> int:

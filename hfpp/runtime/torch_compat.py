@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import _backward
 from torch.distributed.pipelining import _utils as _pipelining_utils
 from torch.distributed.pipelining import schedules as _schedules
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
@@ -625,6 +626,31 @@ def expect_further_reductions(module: FSDPModule) -> None:
     """After a microbatch's reduction: torch 2.15 takes the first one of a step for the last."""
     if hasattr(module, "set_manual_backward_finalization"):
         module.set_manual_backward_finalization(True)
+
+
+def split_backward(
+    output: torch.Tensor,
+    gradient: torch.Tensor,
+    inputs: Sequence[torch.Tensor],
+    parameters: Sequence[torch.Tensor],
+) -> Callable[[], object] | None:
+    """Runs the inputs' part of a backward as stages of zero-bubble schedules do.
+
+    Args:
+        output: of a forward; no view.
+        gradient: of the output.
+        inputs: that the forward ran on.
+        parameters: that it used.
+
+    Returns:
+        The weights' part, to be run; None where this torch has it not.
+    """
+    of_inputs = getattr(_backward, "stage_backward_input", None)
+    of_weights = getattr(_backward, "stage_backward_weight", None)
+    if of_inputs is None or of_weights is None:
+        return None
+    _, groups = of_inputs([output], [gradient], list(inputs), iter(parameters))
+    return partial(of_weights, iter(parameters), groups)
 
 
 def microbatch_count(schedule: TorchSchedule) -> int:

@@ -15,6 +15,7 @@ UNIT = UnitCost(
     parameters=3,
     activation_bytes=5,
     weight_bytes=7,
+    split_backward=0.5,
 )
 COSTS = ModelCosts(
     embedding=UNIT, layers=(UNIT, UNIT), head=UNIT, boundary_bytes=11, source="measured"
