@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return _end(command, _INTERRUPTED, "interrupted")
-    except PipelineConfigError as error:
+    except (PipelineConfigError, OverflowError) as error:  # the latter: sizes beyond the core's
         return _end(command, _BAD_OPTIONS, f"error: {error}")
     except (TrainingError, OSError) as error:  # such as a full disk
         return _end(command, _FAILED, f"error: {error}")

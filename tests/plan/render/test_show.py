@@ -191,6 +191,8 @@ def test_what_cannot_be_drawn_is_refused_with_a_remedy(
     assert "--pp (2) is for a schedule by name" in refused(trace, "--pp", 2, capsys=capsys)
     assert "costs are 0" in refused("1F1B", "--forward", 0, capsys=capsys)
     assert "latency (-1.0)" in refused("1F1B", "--latency", -1, capsys=capsys)
+    assert "no finite time" in refused("1F1B", "--latency", 1e308, capsys=capsys)
+    assert "use a smaller pp_size" in refused("GPipe", "--pp", 10**12, capsys=capsys)
     assert "there is no model" in refused("1F1B", "--partition", "uniform", capsys=capsys)
     assert "no such file" in refused("1F1B", "--costs", tmp_path / "no", capsys=capsys, code=1)
     nasty = json.loads(trace.read_text(encoding="utf-8"))
