@@ -214,14 +214,18 @@ def _config(values: Mapping[str, Any], name: str, text: str) -> ModelConfig:
 
 def _read(path: Path, name: str) -> str:
     try:
-        if not path.is_file():
-            raise PipelineConfigError(
-                f"{name} is no file: give the path of a config.json or of a folder with one."
-            )
+        is_file = path.is_file()
+    except ValueError:  # a null byte
+        is_file = False
+    if not is_file:
+        raise PipelineConfigError(
+            f"{name} is no file: give the path of a config.json or of a folder with one."
+        )
+    try:
         with path.open("rb") as file:
             data = file.read(LARGEST_FILE + 1)
-    except (OSError, ValueError) as error:
-        raise PipelineConfigError(f"{name} cannot be read: {error}.") from None
+    except OSError as error:
+        raise PipelineConfigError(f"{name} cannot be read: {error.strerror}.") from None
     if len(data) > LARGEST_FILE:
         raise PipelineConfigError(
             f"{name} is larger than {LARGEST_FILE >> 20} MiB: give a model's config.json."
