@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["print_timelines"]
 
+_MOST_WIDTH = 2000  # columns; more are a typing error, and take minutes
+
 
 def print_timelines(
     title: str,
@@ -41,7 +43,7 @@ def print_timelines(
     if console is None:
         console = Console(file=sys.stdout, highlight=False)
     look = Look(
-        width=max(LEAST_WIDTH, console.width if width is None else width),
+        width=min(max(LEAST_WIDTH, console.width if width is None else width), _MOST_WIDTH),
         colours=console.color_system is not None and not console.no_color,
         plain=not console.encoding.lower().startswith("utf"),
     )

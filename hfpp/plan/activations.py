@@ -85,9 +85,7 @@ def head_bytes(shape: ModelShape, work: Workload) -> int:
 
 def forward_bytes(shape: ModelShape, work: Workload) -> int:
     """Bytes that all layers of a stage keep together: the angles of rotary embeddings."""
-    attentions = [m for layer in shape.layers for m in layer.mixers if isinstance(m, Attention)]
-    angles = 2 * max((part.head_dim for part in attentions), default=0) * work.seq_len
-    return round(angles * work.width / work.cp)
+    return round(2 * shape.widest_head * work.seq_len * work.width / work.cp)
 
 
 def split_backward_bytes(layer: LayerShape, work: Workload) -> int:

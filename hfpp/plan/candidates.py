@@ -125,8 +125,7 @@ class Candidate:
         stages whose times fall geometrically, p x mean / (1 - (1 - 1/n)^p), which is more than n x
         mean with half the bubble of equal stages. Several stages per rank divide that bubble.
         """
-        mean = sum(costs.seconds) / self.pp_size
-        longest = max(layer.seconds for layer in costs.layers)
+        mean, longest = costs.total_seconds / self.pp_size, costs.longest_layer
         bubble = 0.0
         if self.spec.name in _WHOLE_BACKWARDS:
             bubble = (self.pp_size - 1) * mean / 2 / self.stages_per_rank

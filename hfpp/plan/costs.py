@@ -123,6 +123,16 @@ class ModelCosts:
         seconds[-1] += self.head.seconds
         return tuple(seconds)
 
+    @cached_property
+    def total_seconds(self) -> float:
+        """Seconds of the whole model."""
+        return math.fsum(self.seconds)
+
+    @cached_property
+    def longest_layer(self) -> float:
+        """Seconds of the slowest layer, without embedding and head."""
+        return max(layer.seconds for layer in self.layers)
+
     def stages(self, offsets: Sequence[int]) -> tuple[UnitCost, ...]:
         """The cost of each stage of a partition.
 

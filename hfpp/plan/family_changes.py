@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from hfpp.plan.model_config import MOST_LAYERS
+
 if TYPE_CHECKING:
     from hfpp.plan.model_config import ModelConfig
 
@@ -74,7 +76,7 @@ def llama4_change(config: ModelConfig) -> Mapping[str, Any]:
 
 def recurrent_gemma_change(config: ModelConfig) -> Mapping[str, Any]:
     """A pattern of kinds, a feed-forward counted twice, a window of its own name."""
-    layers = config.integer("num_hidden_layers", maximum=100_000)
+    layers = config.integer("num_hidden_layers", maximum=MOST_LAYERS)
     pattern = config.listed("block_types") or ["recurrent", "recurrent", "attention"]
     return {
         "layer_types": [pattern[i % len(pattern)] for i in range(layers)],
@@ -161,7 +163,7 @@ def per_layer_embedding(config: ModelConfig) -> int:
     width = config.optional("hidden_size_per_layer_input", minimum=0) or 0
     if not width:
         return 0
-    all_layers = width * config.integer("num_hidden_layers", maximum=100_000)
+    all_layers = width * config.integer("num_hidden_layers", maximum=MOST_LAYERS)
     rows = config.integer("vocab_size_per_layer_input") + hidden(config)
     return rows * all_layers + width
 

@@ -17,7 +17,7 @@ __all__ = ["ModelConfig", "read_config"]
 
 LARGEST_FILE = 64 << 20  # bytes; vocabularies of multimodal models make the largest ones
 LARGEST_SIZE = 1 << 40  # of a width, in elements
-MOST_LAYERS = 100_000
+MOST_LAYERS = 4_096
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hfpp.plan.family import Family, count_of, holds
 from hfpp.plan.layer_kinds import LayerKind, layer_kinds
 from hfpp.plan.layer_reading import HIDDEN_KEYS, norm_parameters, read_layer
+from hfpp.plan.layer_shape import Attention
 from hfpp.plan.model_config import ModelConfig, read_config
 from hfpp.plan.model_needs import check_needs
 from hfpp.plan.uncounted import UNCOUNTED, family_of
@@ -89,6 +90,12 @@ class ModelShape:
             '405,853,388,800'
         """
         return _read(cls, read_config(source))
+
+    @cached_property
+    def widest_head(self) -> int:
+        """The largest head dimension of any attention; 0 without attention."""
+        attentions = (m for layer in self.layers for m in layer.mixers if isinstance(m, Attention))
+        return max((part.head_dim for part in attentions), default=0)
 
     @cached_property
     def parameters(self) -> int:
