@@ -375,6 +375,23 @@ def test_bubble_of_zb1p() -> None:
                     assert (idle_times(step) == {(p - 1) * (f + b - 2 * w)}) == holds
 
 
+def test_bubble_of_zbh2() -> None:
+    """(p - 1)(F + B - 3W) from a rank's first action to its last, of the rank that idles most.
+
+    From arXiv 2401.10241, where a W fits beside F and I and there are 2p - 1 microbatches, of which
+    the first rank holds the activations.
+    """
+    for p in (2, 3, 5):
+        for n in (2 * p - 1, 2 * p, 4 * p):
+            for f, b, w in INTEGER_COSTS:
+                if w > min(f, b - w):
+                    continue
+                step = uniform_step("ZBH2", p, n, costs=(f, b, w))
+                form = (p - 1) * (f + b - 3 * w)
+                assert max(rank.idle.between for rank in step.ranks) == form
+                assert max(rank.peak_live for rank in step.ranks) == 2 * p - 1
+
+
 def test_zbv_has_no_bubble() -> None:
     """None from a rank's first action to its last where F = I = W, from 2p - 1 microbatches on."""
     for p in (1, 2, 3, 5, 8):
