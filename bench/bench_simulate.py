@@ -7,9 +7,10 @@ from measure import Target, ratio, seconds, take_turns
 from torch.distributed.pipelining import schedules
 
 from hfpp.plan.actions import ScheduleTable
+from hfpp.plan.lock_step import lock_step
 from hfpp.plan.lowering import lower
 from hfpp.plan.schedule import SCHEDULES, compute_table
-from hfpp.plan.simulate import Link, lock_step, simulate, uniform_costs
+from hfpp.plan.simulate import Link, simulate, uniform_costs
 
 NOTE = """\
 Medians, and in brackets the 10th and 90th percentiles. The competitors of a row take turns in one
@@ -49,7 +50,7 @@ def torch_rows(targets: list[Target]) -> str:
         expected, found = torch_steps(), lock_step(lowered)
         for rank in range(pp_size):
             placed = {str(a): column for column, a in enumerate(expected[rank]) if a is not None}
-            assert placed == {str(a): start for a, start, _, _ in found.times(rank)}
+            assert placed == {str(a): step for a, step in found.row(rank)}
         del expected, found
         times = take_turns(
             {

@@ -1,10 +1,12 @@
 // Simulations in Python: numbers of one rank at a time, made when they are asked for.
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "bindings.hpp"
+#include "lock_step.hpp"
 #include "simulate.hpp"
 
 namespace hfpp::python {
@@ -32,10 +34,8 @@ std::unique_ptr<Simulation> simulate(
     const py::sequence& backward_input, const py::sequence& backward_weight,
     const py::sequence& activation_bytes, const py::sequence& weight_bytes,
     const py::sequence& activation_seconds, const py::sequence& gradient_seconds,
-    const py::sequence& boundary_bytes, bool overlap, bool lock_step, double overlap_gain) {
-  const Communication communication = lock_step ? Communication::LockStep
-                                      : overlap ? Communication::Beside
-                                                : Communication::Within;
+    const py::sequence& boundary_bytes, bool overlap, double overlap_gain) {
+  const Communication communication = overlap ? Communication::Beside : Communication::Within;
   const ActionCosts costs{values<double>(forward, "forward"),
                           values<double>(backward, "backward"),
                           values<double>(backward_input, "backward_input"),
@@ -81,6 +81,15 @@ py::list transfers(const Simulation& simulation, py::handle argument) {
   return list;
 }
 
+py::tuple steps(const Schedule& schedule) {
+  std::optional<LockStep> found;
+  {
+    const py::gil_scoped_release release;
+    found.emplace(lock_step(schedule));
+  }
+  return py::make_tuple(std::move(found->steps), found->count);
+}
+
 }  // namespace
 
 void bind_simulate(py::module_& m) {
@@ -101,8 +110,9 @@ void bind_simulate(py::module_& m) {
         py::arg("forward"), py::arg("backward"), py::arg("backward_input"),
         py::arg("backward_weight"), py::arg("activation_bytes"), py::arg("weight_bytes"),
         py::arg("activation_seconds"), py::arg("gradient_seconds"), py::arg("boundary_bytes"),
-        py::arg("overlap"), py::arg("lock_step"), py::arg("overlap_gain"),
-        "Runs a schedule in time.");
+        py::arg("overlap"), py::arg("overlap_gain"), "Runs a schedule in time.");
+  m.def("lock_step", &steps, py::arg("schedule"),
+        "(int32 [actions], row after row: the step of each action; the number of steps).");
 }
 
 }  // namespace hfpp::python

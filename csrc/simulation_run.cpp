@@ -253,7 +253,10 @@ bool SimulationRun::communicate(Row& row, const Action* action) {
     fail(action, "the stages at both ends of " + text_of(*action) +
                      " live on the same rank, which hands values over without messages");
   }
-  if (receives) return receive(row, action, route);
+  if (receives) {
+    receive(row, action, route);
+    return true;
+  }
   if (!sends) return wait_for_send(row, action, route);
   if (!std::isnan(transfers_[route].sent)) fail(action, text_of(*action) + " ran already");
   if ((done(producer, action->microbatch()) & (gradient ? kGradient : kForward)) == 0) {
@@ -284,43 +287,29 @@ void SimulationRun::send(RankLedger& ledger, const Route& route) {
   }
 }
 
-bool SimulationRun::receive(Row& row, const Action* action, const Route& route) {
+void SimulationRun::receive(Row& row, const Action* action, const Route& route) {
   Message& message = transfers_[route];
   if (!std::isnan(message.span.start)) fail(action, text_of(*action) + " ran already");
-  double start = row.ledger.clock();
-  switch (communication_) {
-    case Communication::Beside:
-      count_received(route);
-      hold_buffer(row.ledger, route);
-      transfers_.receive(costs_.transfers, route, start, known_);
-      wake_known();
-      break;
-    case Communication::Within:
-      hold_buffer(row.ledger, route);
-      message.span.start = start;
-      break;
-    case Communication::LockStep:
-      if (std::isnan(message.sent)) {
-        row.waits_for = route.message;
-        return false;
-      }
-      hold_buffer(row.ledger, route);
-      start = receive_now(row.ledger, route);
-      break;
+  const double now = row.ledger.clock();
+  span(action) = {now, now};
+  hold_buffer(row.ledger, route);
+  if (receives_on_demand()) {
+    message.span.start = now;
+    return;
   }
-  span(action) = {start, row.ledger.clock()};
-  return true;
+  count_received(route);
+  transfers_.receive(costs_.transfers, route, now, known_);
+  wake_known();
 }
 
-// In the rank's own time: what is sent already, no sooner than its sender began. Returns when.
-double SimulationRun::receive_now(RankLedger& ledger, const Route& route) {
+// In the rank's own time: what is sent already, no sooner than its sender began.
+void SimulationRun::receive_now(RankLedger& ledger, const Route& route) {
   count_received(route);
   Message& message = transfers_[route];
   const double start = std::max(ledger.clock(), message.sent);
   ledger.wait(start, message.sent, route.gradient);
   ledger.communicate_until(start + transfers_.seconds(costs_.transfers, route));
   message.span = {message.sent, ledger.clock()};
-  return start;
 }
 
 void SimulationRun::hold_buffer(RankLedger& ledger, const Route& route) {

@@ -33,7 +33,7 @@ class SimulationRun {
   inline bool step(Row& row);
   inline bool compute(Row& row, const Action* first, const Action* last);
   inline bool communicate(Row& row, const Action* action);
-  inline bool receive(Row& row, const Action* action, const Route& route);
+  inline void receive(Row& row, const Action* action, const Route& route);
   inline bool wait_for_send(Row& row, const Action* action, const Route& route);
 
   inline void check_order(const Action* part);
@@ -45,7 +45,7 @@ class SimulationRun {
   inline void hand_over(RankLedger& ledger, Action action);
 
   inline void send(RankLedger& ledger, const Route& route);
-  inline double receive_now(RankLedger& ledger, const Route& route);
+  inline void receive_now(RankLedger& ledger, const Route& route);
   inline void count_received(const Route& route);
   inline void wake(const Route& route);
   inline void wake_known();

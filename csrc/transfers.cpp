@@ -8,20 +8,28 @@
 
 namespace hfpp {
 
+std::int64_t stage_microbatches(const Schedule& schedule) {
+  if (schedule.num_stages() == 0) {
+    throw ConfigError(schedule.name() + ": the table has no computations");
+  }
+  const std::int64_t pairs = checked_multiply(schedule.num_stages(), schedule.n_microbatches(),
+                                              "stages and microbatches of a table");
+  if (pairs > schedule.num_actions()) {
+    throw ConfigError(schedule.name() + ": " + std::to_string(schedule.num_stages()) +
+                      " stages and " + std::to_string(schedule.n_microbatches()) +
+                      " microbatches need more than the table's " +
+                      std::to_string(schedule.num_actions()) +
+                      " actions: every stage has a forward for every microbatch");
+  }
+  return pairs;
+}
+
 Transfers::Transfers(const Schedule& schedule)
     : num_stages_(schedule.num_stages()),
       n_microbatches_(schedule.n_microbatches()),
       spelled_out_(schedule.has_communication()),
       rank_of_(schedule.stage_to_rank()) {
-  if (num_stages_ == 0) throw ConfigError(schedule.name() + ": the table has no computations");
-  const std::int64_t pairs = checked_multiply(num_stages_, n_microbatches_, "stages, microbatches");
-  if (pairs > schedule.num_actions()) {
-    throw ConfigError(schedule.name() + ": " + std::to_string(num_stages_) + " stages and " +
-                      std::to_string(n_microbatches_) +
-                      " microbatches need more than the table's " +
-                      std::to_string(schedule.num_actions()) +
-                      " actions: every stage has a forward for every microbatch");
-  }
+  const std::int64_t pairs = stage_microbatches(schedule);
   constexpr double unknown = std::numeric_limits<double>::quiet_NaN();
   messages_.resize(static_cast<std::size_t>(2 * pairs), {unknown, {unknown, unknown}});
   find_links(schedule.pp_size());

@@ -23,9 +23,8 @@ struct Span {
 
 // How transfers go with the computations of both ranks.
 enum class Communication : std::uint8_t {
-  Beside,    // they run beside them
-  Within,    // they take both ranks' time: at the send, and just before what takes the value
-  LockStep,  // they take both ranks' time where the send and the receive stand in the rows
+  Beside,  // they run beside them
+  Within,  // they take both ranks' time: at the send, and just before what takes the value
 };
 
 // By the boundary after each stage but the last.
@@ -35,6 +34,10 @@ struct TransferCosts {
   std::vector<std::int64_t> bytes;         // of either
   Communication communication = Communication::Beside;
 };
+
+// How many pairs of a stage and a microbatch there are: no more than actions, so that what is kept
+// for each fits into memory. Throws where there are none, or more.
+std::int64_t stage_microbatches(const Schedule& schedule);
 
 // A stage's output on its way to the next stage, or a gradient to the stage before.
 struct Route {

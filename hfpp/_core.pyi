@@ -176,6 +176,7 @@ class Simulation:
         self, rank: SupportsIndex
     ) -> list[tuple[int, int, bool, int, int, float, float]]: ...
 
+def lock_step(schedule: Schedule) -> tuple[Table, int]: ...
 def simulate(
     schedule: Schedule,
     *,
@@ -189,6 +190,5 @@ def simulate(
     gradient_seconds: Sequence[float],
     boundary_bytes: Sequence[SupportsIndex],
     overlap: bool,
-    lock_step: bool,
     overlap_gain: float,
 ) -> Simulation: ...

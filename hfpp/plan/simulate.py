@@ -24,7 +24,6 @@ __all__ = [
     "RankSimulation",
     "Simulation",
     "Transfer",
-    "lock_step",
     "simulate",
     "uniform_costs",
 ]
@@ -180,46 +179,7 @@ def simulate(
         gradient_seconds=backwards,
         boundary_bytes=nbytes,
         overlap=overlap,
-        lock_step=False,
         overlap_gain=overlap_gain,
-    )
-    return Simulation(table, native)
-
-
-def lock_step(table: ScheduleTable) -> Simulation:
-    """Runs a table step by step, as torch's own simulator does.
-
-    Every action takes one step, sends, receives and overlapped groups included; a receive may take
-    the same step as its send. ``step_time`` is the number of steps.
-
-    Args:
-        table: the actions of all ranks, with their communication.
-
-    Raises:
-        PipelineConfigError: the table does not run to its end, or has no communication.
-    """
-    crossing = any(rank != following for rank, following in pairwise(table.stage_to_rank))
-    if crossing and not table.has_communication:
-        raise PipelineConfigError(
-            f"{table.name}: the table has no sends and receives, which are steps of their own: "
-            "use hfpp.plan.lowering.lower(table)"
-        )
-    stages, boundaries = table.native.num_stages, max(table.native.num_stages - 1, 0)
-    ones, none = [1.0] * stages, [0] * stages
-    native = _core.simulate(
-        table.native,
-        forward=ones,
-        backward=ones,
-        backward_input=ones,
-        backward_weight=ones,
-        activation_bytes=none,
-        weight_bytes=none,
-        activation_seconds=[1.0] * boundaries,
-        gradient_seconds=[1.0] * boundaries,
-        boundary_bytes=[0] * boundaries,
-        overlap=False,
-        lock_step=True,
-        overlap_gain=1.0,
     )
     return Simulation(table, native)
 

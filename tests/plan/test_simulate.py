@@ -17,9 +17,10 @@ from hfpp import _core
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.actions import Action, ActionKind, ScheduleTable, parse_action
 from hfpp.plan.costs import UnitCost
+from hfpp.plan.lock_step import lock_step
 from hfpp.plan.lowering import lower
 from hfpp.plan.schedule import SCHEDULES, compute_table
-from hfpp.plan.simulate import Link, Simulation, lock_step, simulate, uniform_costs
+from hfpp.plan.simulate import Link, Simulation, simulate, uniform_costs
 from hfpp.plan.verify import verify
 from tests.advice import check_advice
 from tests.plan.test_schedule import sizes, table_of
@@ -171,8 +172,6 @@ def cases(draw: Any, times: Any = None) -> Case:
 
 
 def run(case: Case, mode: str) -> Simulation:
-    if mode == "lock step":
-        return lock_step(case.table)
     return simulate(
         case.table,
         case.costs,
@@ -189,13 +188,11 @@ def oracle(case: Case, mode: str) -> reference.Step:
         case.costs,
         seconds=case.seconds,
         mode=mode,
-        overlap_gain=1.0 if mode == "lock step" else case.overlap_gain,
+        overlap_gain=case.overlap_gain,
     )
 
 
-def modes(case: Case) -> list[str]:
-    spelled_out = case.table.has_communication or case.table.pp_size == 1
-    return ["beside", "within", *(["lock step"] if spelled_out else [])]
+MODES = ("beside", "within")
 
 
 def check_times(case: Case, mode: str) -> tuple[Simulation, reference.Step] | None:
@@ -238,7 +235,7 @@ def check_times(case: Case, mode: str) -> tuple[Simulation, reference.Step] | No
 @settings(max_examples=200)
 @given(cases())
 def test_every_table_equals_the_oracle(case: Case) -> None:
-    for mode in modes(case):
+    for mode in MODES:
         if (both := check_times(case, mode)) is None:
             continue
         found, expected = both
@@ -262,8 +259,6 @@ def test_every_table_equals_the_oracle(case: Case) -> None:
             }
             costs = case.costs
             nbytes = {m: case.nbytes[boundary(m)] for m in expected.sends}
-            if mode == "lock step":  # knows no bytes
-                costs, nbytes = uniform_costs(len(costs)), dict.fromkeys(nbytes, 0)
             wanted = reference.rank_figures(expected, rank, costs, nbytes.__getitem__, mode)
             assert {name: figures[name] for name in wanted} == wanted
             assert report.busy + report.idle.total == found.step_time
@@ -275,7 +270,7 @@ def test_every_table_equals_the_oracle(case: Case) -> None:
 @settings(max_examples=60)
 @given(cases(times=st.floats(0, 1e3, allow_subnormal=False)))
 def test_floats_are_the_oracles_to_the_last_bit(case: Case) -> None:
-    for mode in modes(case):
+    for mode in MODES:
         check_times(case, mode)
 
 
@@ -475,8 +470,8 @@ def check_columns(table: ScheduleTable) -> None:
         return
     expected = torch_columns(table)
     for rank, columns in enumerate(expected):
-        assert {str(leaf): start for leaf, start, _, _ in step.times(rank)} == columns
-    assert step.step_time == 1 + max(column for row in expected for column in row.values())
+        assert {str(action): place for action, place in step.row(rank)} == columns
+    assert step.steps == 1 + max(column for row in expected for column in row.values())
 
 
 @pytest.mark.torch
@@ -492,6 +487,39 @@ def test_steps_of_any_table_are_torchs(seed: int, pp_size: int, num_stages: int,
     table = lower(ScheduleTable.from_rows("random", rows), unshard=False, reduce_grad=False)
     check_columns(table)
     check_columns(jostled(table, random.Random(seed), 0.3))
+
+
+def test_what_torch_does_not_run_takes_no_step_or_one() -> None:
+    """Waits, sharding and reduction take none; groups, which its simulator refuses, take one."""
+    table = parse_table("0UNSHARD 0F0 (0F1;0B0)OVERLAP_F_B 0B1 0RESHARD 0REDUCE_GRAD")
+    assert [step for _, step in lock_step(table).row(0)] == [0, 0, 1, 2, 3, 3]
+    assert lock_step(table).native.row() == (0, 0, 1, 1, 2, 3, 3)
+    assert lock_step(table).steps == 3
+    table = parse_table("0F0 0SEND_F0 0WAIT_SEND_F0 0RECV_B0 0B0", "1RECV_F0 1F0 1B0 1SEND_B0")
+    assert [[step for _, step in lock_step(table).row(rank)] for rank in (0, 1)] == [
+        [0, 1, 2, 4, 5],
+        [1, 2, 3, 4],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "match"),
+    [
+        (("0F0 0B0", "1F0 1B0"), "rank 0, column 1, action 0B0: 0B0 comes without 0RECV_B0 before"),
+        (("0F0 1F0 0B0 1B0",), "0B0 comes without 1B0 before it"),
+        (("0F0 0RECV_B0 0B0", "1F0 1B0"), "1F0 comes without 1RECV_F0"),
+        (("0F0 0RECV_B0 0B0", "1RECV_F0 1F0 1B0"), "waits for 1SEND_B0, which never comes"),
+        (("0SEND_F0 0F0 0B0", "1F0 1B0"), "it comes before what it sends"),
+        (("1SEND_F0 0F0 0B0", "1F0 1B0"), "no stage at the other end"),
+        (("7SEND_F0 0F0 0B0", "1F0 1B0"), "no stage at the other end"),
+        (("1RECV_F0 0F0 0B0", "1F0 1B0"), "stage 1 lives on another rank"),
+        (("0F0 0B0 0F4000",), "4001 microbatches"),
+        (("0UNSHARD",), "no computations"),
+    ],
+)
+def test_what_has_no_step_is_named(rows: tuple[str, ...], match: str) -> None:
+    with pytest.raises(PipelineConfigError, match=re.escape(match)):
+        lock_step(parse_table(*rows))
 
 
 # Communication, worked out by hand
@@ -667,5 +695,3 @@ def test_the_advice_works() -> None:
     for bandwidth in (0.0, -1.0, math.nan):
         with pytest.raises(PipelineConfigError, match="bandwidth"):
             Link(bandwidth=bandwidth)
-    with pytest.raises(PipelineConfigError, match="no sends and receives"):
-        lock_step(table)

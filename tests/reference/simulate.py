@@ -69,7 +69,7 @@ def run(
     mode: str,
     overlap_gain: float = 0.0,
 ) -> Step:
-    """Runs a table; `mode` is "beside" (overlap), "within" (none) or "lock step".
+    """Runs a table; `mode` is "beside" (overlap) or "within" (none).
 
     Raises:
         Circle: it does not run to its end.
@@ -105,8 +105,6 @@ def run(
 
     def time_of(leaf: Action) -> float:
         cost = costs[leaf.stage]
-        if mode == "lock step":
-            return 1.0
         times = {F: cost.forward, B: cost.backward}
         return (times | {I: cost.backward_input, W: cost.backward_weight})[leaf.kind]
 
@@ -116,9 +114,6 @@ def run(
         for time in times:
             total += time
         return total - overlap_gain * (total - max(times))
-
-    def moving(message: Message) -> float:
-        return 1.0 if mode == "lock step" else seconds(message)
 
     # Every row as a list of nodes; without overlap with nodes for sending and receiving.
     rows: list[list[Node]] = []
@@ -132,7 +127,7 @@ def run(
                 node.seconds = time_of_group(action.leaves)
                 if mode == "within":
                     for message in filter(crosses, inputs(node)):
-                        receiving = Node(moving(message), message=message)
+                        receiving = Node(seconds(message), message=message)
                         moves[message] = receiving
                         row.append(receiving)
                 row.append(node)
@@ -141,7 +136,7 @@ def run(
                         continue
                     makers[message] = node
                     if crosses(message) and not spelled_out:
-                        sends[message] = Node(moving(message), message=message)
+                        sends[message] = Node(seconds(message), message=message)
                         if mode == "beside":
                             sends[message].seconds = 0.0
                         row.append(sends[message])
@@ -152,15 +147,12 @@ def run(
                 assert m is not None
                 node.message = (SENDS[action.kind], action.stage, m)
                 sends[node.message] = node
-                node.seconds = 0.0 if mode == "beside" else moving(node.message)
+                node.seconds = 0.0 if mode == "beside" else seconds(node.message)
             elif action.kind in RECEIVES:
                 assert m is not None
                 gradient = RECEIVES[action.kind]
                 node.message = (gradient, action.stage + (1 if gradient else -1), m)
                 receives[node.message] = node
-                if mode == "lock step":
-                    node.seconds = moving(node.message)
-                    moves[node.message] = node
             elif action.kind in WAITS:
                 assert m is not None
                 node.message = (WAITS[action.kind], action.stage, m)
@@ -175,7 +167,7 @@ def run(
                     continue
                 message = node.message
                 target = rank_of[message[1] - 1 if message[0] else message[1] + 1]
-                move = moves[message] = Node(moving(message), message=message)
+                move = moves[message] = Node(seconds(message), message=message)
                 move.ends.append(node)
                 if spelled_out:
                     move.starts.append(receives[message])
