@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -38,6 +39,54 @@ GLOO = Hardware(
 )
 
 
+class _Sleep(torch.autograd.Function):
+    """Takes its time in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, seconds: float) -> torch.Tensor:
+        ctx.seconds = seconds
+        if x.device.type != "meta":
+            time.sleep(seconds)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        time.sleep(ctx.seconds)
+        return gradient, None
+
+
+class _SleepBackward(torch.autograd.Function):
+    """Takes its time in the backward only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, seconds: float) -> torch.Tensor:
+        ctx.seconds = seconds
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        time.sleep(ctx.seconds)
+        return gradient, None
+
+
+class Sleeper(nn.Linear):
+    """A linear layer with a given time: forward, for the inputs' gradient, for the weights'.
+
+    A sleeping process takes as long whatever else the machine does.
+    """
+
+    def __init__(self, linear: nn.Linear, seconds: float, per_row: float) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.weight = linear.weight
+        self.seconds = seconds
+        self.per_row = per_row
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seconds = self.seconds + self.per_row * x.shape[0]
+        weight = _SleepBackward.apply(self.weight, seconds)
+        return nn.functional.linear(_Sleep.apply(x, seconds), weight)
+
+
 class Job(NamedTuple):
     """A model, a batch, and what may be chosen.
 
@@ -47,6 +96,8 @@ class Job(NamedTuple):
         batch: sequences of a step.
         schedules: names.
         sizes: sequences of a microbatch.
+        sleeps: seconds that each of its layers sleeps, and more per sequence; the head sleeps twice
+            as long. None: it computes.
     """
 
     config: dict[str, Any]
@@ -54,10 +105,17 @@ class Job(NamedTuple):
     batch: int
     schedules: tuple[str, ...] = tuple(SCHEDULES)
     sizes: tuple[int, ...] = (1, 2, 4)
+    sleeps: tuple[float, float] | None = None
 
     def model(self) -> LlamaForCausalLM:
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**self.config))
+        model = LlamaForCausalLM(LlamaConfig(**self.config))
+        if self.sleeps is not None:
+            base, row = self.sleeps
+            for layer in model.model.layers:
+                layer.mlp.down_proj = Sleeper(layer.mlp.down_proj, base, row)
+            model.lm_head = Sleeper(model.lm_head, 2 * base, 2 * row)
+        return model
 
     def shape(self) -> ModelShape:
         return ModelShape.from_config({"model_type": "llama", "dtype": "float32", **self.config})
@@ -137,8 +195,10 @@ def seconds_of_plans(
     chosen: int,
     rounds: Rounds,
     enough: float,
-) -> list[float]:
-    """Seconds of a step of each plan: the least of all rounds, of those that came to the last.
+) -> tuple[list[float], list[float]]:
+    """Seconds of a step of each plan: the least of the first rounds, and of all.
+
+    Plans that do not come to the last rounds have infinity there.
 
     The plans take turns in every round, so that whatever else the machine does meets all of them
     alike, and can only slow them down. Rounds end early when the chosen plan is known to take no
@@ -154,6 +214,7 @@ def seconds_of_plans(
     _take_turns(pipelines, everything, ids, list(seconds))  # the first step warms up
     for _ in range(rounds.all):
         _take_turns(pipelines, everything, ids, seconds)
+    first = list(seconds)
     fastest = sorted(everything, key=seconds.__getitem__)[: rounds.finalists]
     last = sorted({*fastest, chosen})
     for index in set(everything) - set(last):
@@ -162,7 +223,7 @@ def seconds_of_plans(
         if number >= 3 and seconds[chosen] <= enough * min(seconds):
             break
         _take_turns(pipelines, last, ids, seconds)
-    return seconds
+    return first, seconds
 
 
 def _built(model: LlamaForCausalLM, mesh: Any, plan: PipelinePlan) -> Pipeline:
