@@ -57,14 +57,13 @@ def stacked_bars(
                 words = f"{bar.label}: {name} {as_text(size)}"
                 out.append(_box(x, y, size * scale, _ROW, colour, words))
             x += size * scale
-        out.append(_text(x + 6, y + 13, as_text(whole)))
+        out.append(_text(width - _FIGURE + 8, y + 13, as_text(whole)))
     if limit is not None:
         x = _LABEL + limit * scale
-        line = (
+        out.append(
             f'<path d="M{x:.1f} 2V{height}" stroke="#b00020" stroke-width="1.5" '
             'stroke-dasharray="4 3"/>'
         )
-        out.insert(1, line)  # below the figures
         out.append(_text(x - 5, 10, f"{as_text(limit)} there is", anchor="end", colour="#b00020"))
     return "".join([*out, "</svg>"])
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hfpp import causal_lm_loss, pipeline_model
+from hfpp import PipelineConfigError, causal_lm_loss, pipeline_model
 from hfpp.plan.candidates import PlanRequest
 from hfpp.plan.cluster import Cluster
 from hfpp.plan.costs import ModelCosts
@@ -22,7 +22,7 @@ from hfpp.plan.hardware import Hardware
 from hfpp.plan.model_shape import ModelShape
 from hfpp.plan.pipeline_plan import PipelinePlan
 from hfpp.plan.planner import find_plans, fingerprint_of
-from hfpp.plan.schedule import SCHEDULES, find_schedule
+from hfpp.plan.schedule import SCHEDULES, check_microbatches, find_schedule
 from hfpp.profile.measure import profile_model
 from hfpp.runtime.pipeline import Pipeline
 
@@ -122,11 +122,16 @@ class Job(NamedTuple):
 
 
 def every_plan(job: Job) -> list[PipelinePlan]:
-    """Schedules x microbatch sizes x all partitions, each stage with a layer or more."""
+    """Schedules x microbatch sizes that they can run x all partitions into stages with layers."""
     shape, plans = job.shape(), []
     layers = len(shape.layers)
     for name, size in itertools.product(job.schedules, job.sizes):
-        stages = PP * (find_schedule(name).stages_per_rank or 2)
+        spec = find_schedule(name)
+        stages, count = PP * (spec.stages_per_rank or 2), job.batch // size
+        try:
+            check_microbatches(spec, pp_size=PP, num_stages=stages, n_microbatches=count)
+        except PipelineConfigError:
+            continue
         for cuts in itertools.combinations(range(1, layers), stages - 1):
             plans.append(
                 PipelinePlan(
@@ -134,7 +139,7 @@ def every_plan(job: Job) -> list[PipelinePlan]:
                     pp_size=PP,
                     schedule=name,
                     stages_per_rank=stages // PP,
-                    n_microbatches=job.batch // size,
+                    n_microbatches=count,
                     microbatch_size=size,
                     seq_len=job.seq_len,
                     offsets=(0, *cuts, layers),
