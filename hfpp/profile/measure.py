@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +42,9 @@ def profile_model(
     and settings are timed once. What runs before the layers counts as the embedding, what runs
     after them, with the loss, as the head. The backward of the inputs is timed by itself; that of
     the weights is what a whole backward takes longer; what a backward in two parts, as
-    zero-bubble schedules run it, takes more than a whole one is timed too. Of several runs the
-    median counts.
+    zero-bubble schedules run it, takes more than a whole one is timed too. Parts run in turns, so
+    that none finds more in the caches than in a step, and their gradients are added up as those of
+    microbatches are. Of several runs the median counts.
 
     Bytes of activations are those of tensors that autograd keeps for the backward, without
     parameters; between the halves of a split backward all of a layer's are taken to be kept.
@@ -81,14 +83,16 @@ def profile_model(
     model.train()
     try:
         before, layers, after = pieces_of(model, anatomy, ids, loss_fn)
-        modules = list(list_of_layers(model.get_submodule(anatomy.layers_name)))
-        known: dict[Any, UnitCost] = {}
-        costs = []
-        for module, piece in zip(modules, layers, strict=True):
-            kind = _kind(module)
-            if kind not in known:
-                known[kind] = _measured(piece, device, repeats, model)
-            costs.append(known[kind])
+        modules = list_of_layers(model.get_submodule(anatomy.layers_name))
+        kinds = [_kind(module) for module in modules]
+        kept = dict(zip(kinds, layers, strict=True))  # of each kind one
+        costs = dict(
+            zip(
+                ("embedding", *kept, "head"),
+                _measured((before, *kept.values(), after), device, repeats, model),
+                strict=True,
+            )
+        )
         cut = min(1, anatomy.num_layers - 1)
         crossing = (
             anatomy.slot_metas(cut, microbatch_size, seq_len, next(model.parameters()).dtype)
@@ -96,9 +100,9 @@ def profile_model(
             else ()
         )
         return ModelCosts(
-            embedding=_measured(before, device, repeats, model),
-            layers=tuple(costs),
-            head=_measured(after, device, repeats, model),
+            embedding=costs["embedding"],
+            layers=tuple(costs[kind] for kind in kinds),
+            head=costs["head"],
             boundary_bytes=sum(_bytes(slot.shape, slot.dtype) for slot in crossing),
             source="measured",
         )
@@ -143,9 +147,18 @@ class _Run:
     split: float  # of both parts of a backward that is split as zero-bubble schedules do
 
 
-def _measured(piece: Piece, device: torch.device, repeats: int, model: nn.Module) -> UnitCost:
-    runs = [_run(piece, device) for _ in range(_WARM_UPS + repeats)][_WARM_UPS:]
-    kept = _kept_bytes(piece, model)
+def _measured(
+    pieces: Sequence[Piece], device: torch.device, repeats: int, model: nn.Module
+) -> list[UnitCost]:
+    with _own_gradients(model):
+        turns = [[_run(piece, device) for piece in pieces] for _ in range(_WARM_UPS + repeats)]
+    return [
+        _cost(piece, runs, _kept_bytes(piece, model))
+        for piece, *runs in zip(pieces, *turns[_WARM_UPS:], strict=True)
+    ]
+
+
+def _cost(piece: Piece, runs: Sequence[_Run], kept: int) -> UnitCost:
     backward_input = statistics.median(run.backward_input for run in runs)
     backward = statistics.median(run.backward for run in runs)
     split = statistics.median(run.split for run in runs)
@@ -158,6 +171,19 @@ def _measured(piece: Piece, device: torch.device, repeats: int, model: nn.Module
         weight_bytes=kept if piece.parameters else 0,
         split_backward=max(0.0, split - backward),
     )
+
+
+@contextmanager
+def _own_gradients(model: nn.Module) -> Iterator[None]:
+    """Gradients of runs are added to each other, not to those that the model has."""
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in before:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
 
 
 def _run(piece: Piece, device: torch.device) -> _Run:
@@ -173,8 +199,10 @@ def _run(piece: Piece, device: torch.device) -> _Run:
         started = _now(device)
         torch.autograd.grad(output, inputs, gradient, retain_graph=True, allow_unused=True)
         backward_input = _now(device) - started
+    for tensor in inputs:
+        tensor.grad = None  # every microbatch has inputs of its own
     started = _now(device)
-    torch.autograd.grad(output, (*inputs, *piece.parameters), gradient, allow_unused=True)
+    torch.autograd.backward(output, gradient, inputs=(*inputs, *piece.parameters))
     backward = _now(device) - started
     return _Run(forward, backward_input, backward, _split_seconds(piece, device))
 
@@ -186,22 +214,16 @@ def _split_seconds(piece: Piece, device: torch.device) -> float:
     output = piece.run(piece.hidden)
     output = output.clone() if output._is_view() else output
     gradient = torch.ones_like(output)
-    tensors = (piece.hidden, *piece.parameters)
-    before = [tensor.grad for tensor in tensors]  # to which torch would add
-    for tensor in tensors:
-        tensor.grad = None
+    piece.hidden.grad = None
+    started = _now(device)
     try:
-        started = _now(device)
         weights = compat.split_backward(output, gradient, (piece.hidden,), piece.parameters)
         if weights is None:
             return 0.0
         weights()
-        return _now(device) - started
     except RuntimeError:  # graphs that share parts, which stages do not split either
         return 0.0
-    finally:
-        for tensor, kept in zip(tensors, before, strict=True):
-            tensor.grad = kept
+    return _now(device) - started
 
 
 def _kept_bytes(piece: Piece, model: nn.Module) -> int:
