@@ -91,8 +91,8 @@ sanitize: setup  ## Run the native checks and the table tests under ASan and UBS
 	  ../venv/bin/python -m pytest -p no:cacheprovider -m "not torch" \
 	  -k "not memory_is_bounded" \
 	  tests/test_core.py tests/plan/test_placement.py tests/plan/test_partition.py \
-	  tests/plan/test_tensor_shapes.py tests/plan/test_balance.py tests/plan/test_verify_faults.py \
-	  tests/plan/test_schedule_files.py
+	  tests/plan/test_tensor_shapes.py tests/plan/partitioning/test_balance.py tests/plan/schedules/test_verify_faults.py \
+	  tests/plan/schedules/test_schedule_files.py
 
 # Five minutes each, from the corpus of the tests; what breaks is left in build/fuzz. Needs Clang.
 FUZZ_SECONDS ?= 300
@@ -104,8 +104,8 @@ fuzz: setup  ## Fuzz the readers of schedule files under ASan and UBSan.
 	for kind in csv json; do \
 	  mkdir -p build/fuzz/$$kind && \
 	  build/fuzz/fuzz_$$kind -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=1024 -timeout=10 -max_len=4096 \
-	    -artifact_prefix=build/fuzz/ -dict=tests/plan/corpus/$$kind.dict \
-	    build/fuzz/$$kind tests/plan/corpus/$$kind || exit 1; done
+	    -artifact_prefix=build/fuzz/ -dict=tests/plan/schedules/corpus/$$kind.dict \
+	    build/fuzz/$$kind tests/plan/schedules/corpus/$$kind || exit 1; done
 
 wheel-check: setup  ## Build sdist and wheel, and use the wheel in an empty environment.
 	.ci/wheel-check $(BIN)/python

@@ -19,12 +19,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.append(str(measure.ROOT))  # for the tests' processes and their sleeping model
 
 from hfpp import causal_lm_loss, pipeline_model
-from hfpp.plan.balance import balance_layers, balanced_partition
 from hfpp.plan.costs import ModelCosts
 from hfpp.plan.partition import uniform_offsets
+from hfpp.plan.partitioning.balance import balance_layers, balanced_partition
 from hfpp.plan.placement import Placement
-from hfpp.plan.schedule import compute_table, find_schedule
-from hfpp.plan.simulate import simulate
+from hfpp.plan.schedules.schedule import compute_table, find_schedule
+from hfpp.plan.schedules.simulate import simulate
 from hfpp.profile.measure import profile_model
 from tests.ranks import run_ranks
 from tests.sleeping_model import VOCABULARY, SleepingModel, sleeping_costs

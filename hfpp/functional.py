@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hfpp._core import Table
     from hfpp.check.report import CheckReport
     from hfpp.plan.costs import ModelCosts
-    from hfpp.plan.partition_spec import PartitionSpec
+    from hfpp.plan.partitioning.spec import PartitionSpec
     from hfpp.plan.pipeline_plan import PipelinePlan
     from hfpp.runtime.pipeline import Pipeline
 
@@ -649,7 +649,7 @@ def pipeline_model(
         plan: A plan that `hfpp plan --out` wrote, or a `PipelinePlan`: it sets the schedule, the
             partition, the batch sizes and the sequence length. What is given beside it must agree,
             and so must the model and the pipeline's, tensor and context parallel sizes of the mesh.
-        partition: Where to cut, in any spelling of `hfpp.plan.partition_grammar`: "uniform",
+        partition: Where to cut, in any spelling of `hfpp.plan.partitioning.grammar`: "uniform",
             "balanced" (the slowest rank as fast as can be), "7,8,9,8", "Et*3|(t*4|)*2tL" and
             others; None cuts uniformly. Counts and layouts say how many stages there are.
         costs: What "balanced" goes by, as `hfpp profile` measures it; None estimates it from the

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.pipeline_plan import RECOMPUTE
-from hfpp.plan.schedule import SCHEDULES
+from hfpp.plan.schedules.schedule import SCHEDULES
 
 if TYPE_CHECKING:
-    from hfpp.plan.candidates import PlanRequest
-    from hfpp.plan.cluster import Cluster
-    from hfpp.plan.cost_sources import Measured
-    from hfpp.plan.planner import RankedPlan
+    from hfpp.plan.search.candidates import PlanRequest
+    from hfpp.plan.search.cluster import Cluster
+    from hfpp.plan.search.cost_sources import Measured
+    from hfpp.plan.search.planner import RankedPlan
 
 __all__ = ["add_to", "run"]
 
@@ -27,8 +27,8 @@ _DEFAULT = " (default: %(default)s)"  # argparse fills it in
 
 def run(given: argparse.Namespace) -> int:
     """Finds the best plans, prints them and writes what was asked for."""
-    from hfpp.plan.model_shape import ModelShape
-    from hfpp.plan.planner import find_plans
+    from hfpp.plan.model.shape import ModelShape
+    from hfpp.plan.search.planner import find_plans
 
     shape = ModelShape.from_config(given.config)
     try:
@@ -49,8 +49,8 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _cluster(given: argparse.Namespace) -> Cluster:
-    from hfpp.plan.cluster import Cluster
-    from hfpp.plan.hardware import find_hardware
+    from hfpp.plan.estimates.hardware import find_hardware
+    from hfpp.plan.search.cluster import Cluster
     from hfpp.plan.sizes import parse_bandwidth, parse_bytes, parse_flops
 
     changes: dict[str, Any] = {}
@@ -68,7 +68,7 @@ def _cluster(given: argparse.Namespace) -> Cluster:
 
 
 def _request(given: argparse.Namespace) -> PlanRequest:
-    from hfpp.plan.candidates import PlanRequest
+    from hfpp.plan.search.candidates import PlanRequest
 
     return PlanRequest(
         global_batch_size=given.global_batch,
@@ -173,12 +173,12 @@ def _write(given: argparse.Namespace, plans: list[RankedPlan], cluster: Cluster)
         write_plan(plans[0].plan, given.out)
         written.append(given.out)
     if given.csv is not None:
-        from hfpp.plan.schedule import write_csv
+        from hfpp.plan.schedules.schedule import write_csv
 
         write_csv(plans[0].plan.table(), given.csv)
         written.append(given.csv)
     if given.html is not None:
-        from hfpp.plan.plan_page import plan_page
+        from hfpp.plan.render.plan_page import plan_page
 
         given.html.write_text(plan_page(plans, cluster), encoding="utf-8")
         written.append(given.html)

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from hfpp.plan.cluster import Cluster
-    from hfpp.plan.model_shape import ModelShape
+    from hfpp.plan.model.shape import ModelShape
     from hfpp.plan.pipeline_plan import PipelinePlan
-    from hfpp.plan.planner import RankedPlan
+    from hfpp.plan.search.cluster import Cluster
+    from hfpp.plan.search.planner import RankedPlan
 
 __all__ = ["print_plans"]
 

@@ -58,9 +58,9 @@ def run(given: argparse.Namespace) -> int:
 
 def _costing(given: argparse.Namespace) -> Costing:
     from hfpp.plan.costs_file import read_costs
-    from hfpp.plan.partition_grammar import parse_partition
+    from hfpp.plan.partitioning.grammar import parse_partition
     from hfpp.plan.render.subject import Costing
-    from hfpp.plan.simulate import Link
+    from hfpp.plan.schedules.simulate import Link
 
     if given.partition is not None and given.costs is None:
         raise PipelineConfigError(

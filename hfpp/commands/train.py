@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hfpp.plan.schedule import SCHEDULES
+from hfpp.plan.schedules.schedule import SCHEDULES
 from hfpp.train.options import RunDtype, TrainOptions
 
 __all__ = ["add_to", "run"]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hfpp.errors import PipelineConfigError
-from hfpp.plan.actions import Action, ScheduleTable, parse_action
 from hfpp.plan.pipeline_plan import (
     LARGEST_COUNT,
     LARGEST_WIDTH,
@@ -20,6 +19,7 @@ from hfpp.plan.pipeline_plan import (
     Recompute,
 )
 from hfpp.plan.prediction import MemoryParts, NetworkParts, Prediction, TimeParts
+from hfpp.plan.schedules.actions import Action, ScheduleTable, parse_action
 from hfpp.plan.strict_json import JsonValue, read_json_file
 
 if TYPE_CHECKING:

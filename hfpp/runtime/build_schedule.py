@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from hfpp.errors import PipelineConfigError
-from hfpp.plan.actions import ActionKind
 from hfpp.plan.placement import Placement
-from hfpp.plan.schedule import (
+from hfpp.plan.schedules.actions import ActionKind
+from hfpp.plan.schedules.schedule import (
     ScheduleTable,
     check_microbatches,
     compute_table,
@@ -31,7 +31,7 @@ from hfpp.runtime.tied_weights import TiedGradients
 if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage
 
-    from hfpp.plan.schedule import ScheduleSpec
+    from hfpp.plan.schedules.schedule import ScheduleSpec
 
 __all__ = ["add_step_context", "build_pipeline_schedule", "check_pipeline_schedule"]
 

@@ -18,7 +18,7 @@ from hfpp.runtime.forward_only import forward_actions, run_forward
 from hfpp.runtime.needed_gradients import agree_on_gradients, check_nothing_thawed
 
 if TYPE_CHECKING:
-    from hfpp.plan.actions import Action
+    from hfpp.plan.schedules.actions import Action
 
 __all__ = ["ControlledSchedule", "StepContext", "add_step_context", "controlled"]
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from hfpp.errors import PipelineConfigError
-from hfpp.plan.analytic_costs import model_costs
 from hfpp.plan.costs import ModelCosts, UnitCost
-from hfpp.plan.hardware import HARDWARE, Hardware
-from hfpp.plan.model_shape import ModelShape
-from hfpp.plan.partition_spec import PartitionKind, PartitionSpec
+from hfpp.plan.estimates.analytic_costs import model_costs
+from hfpp.plan.estimates.hardware import HARDWARE, Hardware
+from hfpp.plan.model.shape import ModelShape
+from hfpp.plan.partitioning.spec import PartitionKind, PartitionSpec
 from hfpp.runtime.layer_list import list_of_layers
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage
 
 from hfpp.errors import PipelineConfigError
-from hfpp.plan.partition_grammar import parse_partition
-from hfpp.plan.schedule import find_schedule
+from hfpp.plan.partitioning.grammar import parse_partition
+from hfpp.plan.schedules.schedule import find_schedule
 from hfpp.runtime.build_schedule import build_pipeline_schedule, check_pipeline_schedule
 from hfpp.runtime.data_parallel import ReducingStage
 from hfpp.runtime.live_partition import LivePartition
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
-    from hfpp.plan.actions import ScheduleTable
     from hfpp.plan.costs import ModelCosts
-    from hfpp.plan.partition_spec import PartitionSpec
+    from hfpp.plan.partitioning.spec import PartitionSpec
     from hfpp.plan.pipeline_plan import PipelinePlan
+    from hfpp.plan.schedules.actions import ScheduleTable
     from hfpp.runtime.torch_compat import TorchSchedule
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.pipeline_plan import ModelFingerprint, PipelinePlan
 from hfpp.plan.plan_file import plan_as_json, read_plan
-from hfpp.plan.schedule import find_schedule
+from hfpp.plan.schedules.schedule import find_schedule
 from hfpp.plan.tensor_shapes import hidden_and_vocab_size
 from hfpp.runtime.find_anatomy import find_anatomy
 from hfpp.runtime.module_names import module_names_of
@@ -20,7 +20,7 @@ from hfpp.runtime.ownership import find_ownership
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from hfpp.plan.actions import ScheduleTable
+    from hfpp.plan.schedules.actions import ScheduleTable
 
 _SWITCHES = ("activation", "gradient")  # transformers' names of checkpointing, newer first
 

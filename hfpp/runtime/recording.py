@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from hfpp.plan.actions import Action, ActionKind
 from hfpp.plan.render.recorded import Computed, RankRecord, Sent
+from hfpp.plan.schedules.actions import Action, ActionKind
 from hfpp.runtime import torch_compat as compat
 from hfpp.runtime.clocks import clock_offset
 from hfpp.runtime.controlled_schedule import add_step_context

@@ -29,8 +29,8 @@ from torch.distributed.pipelining import _utils as _pipelining_utils
 from torch.distributed.pipelining import schedules as _schedules
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
-from hfpp.plan.actions import Action, ActionKind, ScheduleTable
-from hfpp.plan.lowering import lower
+from hfpp.plan.schedules.actions import Action, ActionKind, ScheduleTable
+from hfpp.plan.schedules.lowering import lower
 from hfpp.runtime.lazy_rows import LazyRows
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def show_order(schedule: TorchSchedule, pp_size: int, make: Callable[[], Schedul
 
 
 def lowering_options() -> dict[str, bool]:
-    """How this version of torch lowers a table, as `hfpp.plan.lowering.lower` calls it."""
+    """How this torch lowers a table, as options of `hfpp.plan.schedules.lowering.lower`."""
     unshard = inspect.signature(_schedules._add_unshard_reshard).parameters
     return {
         "wait_send": hasattr(_schedules, "_add_wait_send"),

@@ -10,9 +10,9 @@ from pathlib import Path
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.costs import ModelCosts
 from hfpp.plan.costs_file import read_costs
-from hfpp.plan.partition_grammar import parse_partition
-from hfpp.plan.partition_spec import PartitionSpec
-from hfpp.plan.schedule import ScheduleSpec, check_microbatches, find_schedule
+from hfpp.plan.partitioning.grammar import parse_partition
+from hfpp.plan.partitioning.spec import PartitionSpec
+from hfpp.plan.schedules.schedule import ScheduleSpec, check_microbatches, find_schedule
 from hfpp.train.errors import OptionError
 
 __all__ = ["RunDtype", "TrainOptions"]
@@ -39,7 +39,7 @@ class TrainOptions:
         text: UTF-8 file to train on; None for the prose of Python's own `pydoc_data.topics`.
         pp: ranks of one pipeline.
         schedule: name or alias of a schedule.
-        partition: where the model is cut, in any spelling of `hfpp.plan.partition_grammar`.
+        partition: where the model is cut, in any spelling of `hfpp.plan.partitioning.grammar`.
         costs: file of `hfpp profile` that `balanced` goes by; None estimates them.
         microbatch_size: sequences per microbatch.
         batch_size: sequences per step, over all data-parallel replicas.

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from hfpp.plan.actions import ScheduleTable
     from hfpp.plan.render.recorded import Comparison
+    from hfpp.plan.schedules.actions import ScheduleTable
     from hfpp.train.events import RunShape, StepMetrics, StepTrace
     from hfpp.train.options import TrainOptions
 
@@ -213,7 +213,7 @@ class RunFolder:
 
 
 def _table(options: TrainOptions, shape: RunShape) -> ScheduleTable:
-    from hfpp.plan.schedule import compute_table
+    from hfpp.plan.schedules.schedule import compute_table
 
     return compute_table(
         options.schedule_spec,

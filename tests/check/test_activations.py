@@ -10,9 +10,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hfpp.plan.activations import forward_bytes, head_bytes, layer_bytes
-from hfpp.plan.model_shape import ModelShape
-from hfpp.plan.workload import Workload
+from hfpp.plan.estimates.activations import forward_bytes, head_bytes, layer_bytes
+from hfpp.plan.estimates.workload import Workload
+from hfpp.plan.model.shape import ModelShape
 from hfpp.runtime.loss import causal_lm_loss
 
 ROWS, SEQ = 2, 40

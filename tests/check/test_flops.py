@@ -10,10 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hfpp.plan.layer_shape import Attention
-from hfpp.plan.model_shape import ModelShape
-from hfpp.plan.operations import Operation, head_operations, layer_operations
-from hfpp.plan.workload import Workload
+from hfpp.plan.estimates.operations import Operation, head_operations, layer_operations
+from hfpp.plan.estimates.workload import Workload
+from hfpp.plan.model.layer_shape import Attention
+from hfpp.plan.model.shape import ModelShape
 from tests.models import FAMILIES
 
 ROWS, SEQ = 3, 24

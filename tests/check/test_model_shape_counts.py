@@ -15,9 +15,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hfpp.check.shrink import tiny_config
 from hfpp.errors import PipelineConfigError
-from hfpp.plan.model_families import FAMILIES
-from hfpp.plan.model_needs import NEEDS
-from hfpp.plan.model_shape import ModelShape
+from hfpp.plan.model.families import FAMILIES
+from hfpp.plan.model.needs import NEEDS
+from hfpp.plan.model.shape import ModelShape
 
 # transformers itself makes no model of these classes' tiny configs here.
 _UNBUILT = frozenset(

@@ -13,9 +13,9 @@ import pytest
 from hfpp import cli
 from hfpp.plan.costs_file import costs_as_json
 from hfpp.plan.plan_file import read_plan
-from hfpp.plan.schedule import read_csv, verify
-from tests.plan.small_jobs import EXPERTS, SMALL
-from tests.plan.test_planner import measured
+from hfpp.plan.schedules.schedule import read_csv, verify
+from tests.plan.search.small_jobs import EXPERTS, SMALL
+from tests.plan.search.test_planner import measured
 from tests.test_import import loaded_by
 
 JOB = ["--gpus", "8", "--global-batch", "32", "--seq-len", "1024"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hfpp.errors import PipelineConfigError
-from hfpp.plan.actions import Action, ActionKind, ScheduleTable
+from hfpp.plan.schedules.actions import Action, ActionKind, ScheduleTable
 
 Result = tuple[int, ActionKind, int]
 """A stage's output (F) or the gradient of its inputs (B, also after I) of one microbatch."""
@@ -114,7 +114,7 @@ def lower(
     wait_reduce_grad: bool = False,
     ordered_reshard: bool = False,
 ) -> ScheduleTable:
-    """All passes, as `hfpp.plan.lowering.lower` has them."""
+    """All passes, as `hfpp.plan.schedules.lowering.lower` has them."""
     rows = rows_of(table)
     if unshard:
         rows = [add_unshard(row, ordered=ordered_reshard) for row in rows]

@@ -10,7 +10,7 @@ from collections import Counter, deque
 from itertools import permutations
 from typing import TYPE_CHECKING
 
-from hfpp.plan.actions import Action, ActionKind
+from hfpp.plan.schedules.actions import Action, ActionKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,7 +8,7 @@ import json
 import re
 from typing import Any
 
-from hfpp.plan.actions import Action, ActionKind
+from hfpp.plan.schedules.actions import Action, ActionKind
 
 MOST = (1 << 28) - 1
 KINDS = {kind.value: kind for kind in ActionKind if kind is not ActionKind.OVERLAP}

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from hfpp.plan.actions import Action, ActionKind, ScheduleTable
 from hfpp.plan.costs import UnitCost
+from hfpp.plan.schedules.actions import Action, ActionKind, ScheduleTable
 
 F, B = ActionKind.FORWARD, ActionKind.FULL_BACKWARD
 I, W = ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT  # noqa: E741 (the field's letters)

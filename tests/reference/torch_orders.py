@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.pipelining import schedules as torch_schedules
 
-from hfpp.plan.schedule import SCHEDULES
+from hfpp.plan.schedules.schedule import SCHEDULES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,7 +33,7 @@ LOWERING = {
     "wait_reduce_grad": hasattr(torch_schedules, "WAIT_REDUCE_GRAD"),
     "ordered_reshard": "unshard_lookahead" in _KNOWN,
 }
-"""How this version of torch lowers, as arguments of `hfpp.plan.lowering.lower`."""
+"""How this version of torch lowers, as arguments of `hfpp.plan.schedules.lowering.lower`."""
 
 
 def torch_schedule(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from hfpp.plan.actions import ActionKind
+from hfpp.plan.schedules.actions import ActionKind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from hfpp.plan.actions import ScheduleTable
+    from hfpp.plan.schedules.actions import ScheduleTable
 
 F, B = ActionKind.FORWARD, ActionKind.FULL_BACKWARD
 I, W = ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT  # noqa: E741 (the field's letters)

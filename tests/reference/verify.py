@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import NamedTuple
 
-from hfpp.plan.actions import Action, ActionKind
+from hfpp.plan.schedules.actions import Action, ActionKind
 
 K = ActionKind
 Rows = Sequence[Sequence[Action | None]]

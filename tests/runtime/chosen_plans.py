@@ -15,14 +15,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hfpp import PipelineConfigError, causal_lm_loss, pipeline_model
-from hfpp.plan.candidates import PlanRequest
-from hfpp.plan.cluster import Cluster
 from hfpp.plan.costs import ModelCosts
-from hfpp.plan.hardware import Hardware
-from hfpp.plan.model_shape import ModelShape
+from hfpp.plan.estimates.hardware import Hardware
+from hfpp.plan.model.shape import ModelShape
 from hfpp.plan.pipeline_plan import PipelinePlan
-from hfpp.plan.planner import find_plans, fingerprint_of
-from hfpp.plan.schedule import SCHEDULES, check_microbatches, find_schedule
+from hfpp.plan.schedules.schedule import SCHEDULES, check_microbatches, find_schedule
+from hfpp.plan.search.candidates import PlanRequest
+from hfpp.plan.search.cluster import Cluster
+from hfpp.plan.search.planner import find_plans, fingerprint_of
 from hfpp.profile.measure import profile_model
 from hfpp.runtime.pipeline import Pipeline
 

@@ -11,11 +11,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfpp import pipeline_model
-from hfpp.plan.memory import Keeping, rank_memory
-from hfpp.plan.model_shape import ModelShape
+from hfpp.plan.estimates.memory import Keeping, rank_memory
+from hfpp.plan.estimates.workload import Workload
+from hfpp.plan.model.shape import ModelShape
 from hfpp.plan.prediction import MemoryParts
-from hfpp.plan.schedule import compute_table, find_schedule
-from hfpp.plan.workload import Workload
+from hfpp.plan.schedules.schedule import compute_table, find_schedule
 from hfpp.runtime.loss import causal_lm_loss
 from tests.runtime.live_bytes import LiveBytes
 

@@ -5,10 +5,10 @@ import time
 import torch.distributed as dist
 from torch import nn
 
-from hfpp.plan.balance import balanced_partition
 from hfpp.plan.partition import uniform_offsets
-from hfpp.plan.schedule import compute_table, find_schedule
-from hfpp.plan.simulate import simulate
+from hfpp.plan.partitioning.balance import balanced_partition
+from hfpp.plan.schedules.schedule import compute_table, find_schedule
+from hfpp.plan.schedules.simulate import simulate
 from tests.models import token_ids
 from tests.ranks import run_ranks
 from tests.runtime.real_pipelines import build, data_and_pipeline_mesh

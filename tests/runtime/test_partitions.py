@@ -9,7 +9,7 @@ import torch
 
 from hfpp import PipelineConfigError
 from hfpp.plan.costs import ModelCosts, UnitCost
-from hfpp.plan.partition_grammar import parse_partition
+from hfpp.plan.partitioning.grammar import parse_partition
 from hfpp.plan.placement import Placement
 from hfpp.runtime.find_anatomy import find_anatomy
 from hfpp.runtime.live_partition import LivePartition, live_costs

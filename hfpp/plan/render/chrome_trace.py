@@ -5,8 +5,8 @@ from __future__ import annotations
 import heapq
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hfpp.plan.actions import Action, ActionKind
 from hfpp.plan.render.colours import NAMES
+from hfpp.plan.schedules.actions import Action, ActionKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

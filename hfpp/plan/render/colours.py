@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from hfpp.plan.actions import ActionKind
+from hfpp.plan.schedules.actions import ActionKind
 
 __all__ = [
     "COMMUNICATION",

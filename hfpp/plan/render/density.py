@@ -12,8 +12,8 @@ from hfpp.plan.render.colours import IDLE, Colour, shade
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hfpp.plan.actions import ActionKind
     from hfpp.plan.render.timeline import Timeline
+    from hfpp.plan.schedules.actions import ActionKind
 
 __all__ = ["Shares", "blend", "cell_shares", "png_row"]
 

@@ -6,17 +6,17 @@ import math
 from typing import TYPE_CHECKING
 
 from hfpp.errors import PipelineConfigError
-from hfpp.plan.actions import ActionKind
 from hfpp.plan.render.timeline import Bar, Kept, Timeline, Transfer
-from hfpp.plan.simulate import Link, simulate
+from hfpp.plan.schedules.actions import ActionKind
+from hfpp.plan.schedules.simulate import Link, simulate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hfpp.plan.actions import ScheduleTable
     from hfpp.plan.costs import UnitCost
-    from hfpp.plan.simulate import Links
-    from hfpp.plan.simulation import Simulation
+    from hfpp.plan.schedules.actions import ScheduleTable
+    from hfpp.plan.schedules.simulate import Links
+    from hfpp.plan.schedules.simulation import Simulation
 
 __all__ = ["planned", "simulated_timeline"]
 

@@ -6,11 +6,11 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hfpp.errors import PipelineConfigError
-from hfpp.plan.actions import Action, ActionKind, ScheduleTable
 from hfpp.plan.costs import UnitCost
 from hfpp.plan.render.chrome_trace import Take
 from hfpp.plan.render.planned import planned
 from hfpp.plan.render.timeline import Bar, Timeline, Transfer
+from hfpp.plan.schedules.actions import Action, ActionKind, ScheduleTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

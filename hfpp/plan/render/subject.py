@@ -8,23 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfpp.errors import PipelineConfigError
-from hfpp.plan.partition_grammar import parse_partition
+from hfpp.plan.partitioning.grammar import parse_partition
 from hfpp.plan.plan_file import read_plan
 from hfpp.plan.render.chrome_trace import Take
 from hfpp.plan.render.planned import planned
 from hfpp.plan.render.recorded import Comparison, compared, middle_take, table_of
 from hfpp.plan.render.trace_file import is_trace, trace_takes
-from hfpp.plan.schedule import SCHEDULES, compute_table, find_schedule, read_csv
-from hfpp.plan.schedule_json import read_json
-from hfpp.plan.simulate import Link, uniform_costs
+from hfpp.plan.schedules.schedule import SCHEDULES, compute_table, find_schedule, read_csv
+from hfpp.plan.schedules.schedule_json import read_json
+from hfpp.plan.schedules.simulate import Link, uniform_costs
 from hfpp.plan.strict_json import read_json_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hfpp.plan.actions import ScheduleTable
     from hfpp.plan.costs import ModelCosts, UnitCost
-    from hfpp.plan.partition_spec import PartitionSpec
+    from hfpp.plan.partitioning.spec import PartitionSpec
+    from hfpp.plan.schedules.actions import ScheduleTable
 
 __all__ = ["Costing", "Subject", "find_subject"]
 

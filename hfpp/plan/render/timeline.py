@@ -7,12 +7,12 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
-from hfpp.plan.actions import ActionKind
+from hfpp.plan.schedules.actions import ActionKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from hfpp.plan.actions import Action
+    from hfpp.plan.schedules.actions import Action
 
 __all__ = ["Bar", "Kept", "Level", "Timeline", "Transfer"]
 

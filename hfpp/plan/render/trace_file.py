@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hfpp.errors import PipelineConfigError
-from hfpp.plan.actions import Action, ActionKind, parse_action
 from hfpp.plan.render.axis import one_line
 from hfpp.plan.render.chrome_trace import FORMAT, Take
 from hfpp.plan.render.timeline import Bar, Timeline, Transfer
+from hfpp.plan.schedules.actions import Action, ActionKind, parse_action
 from hfpp.plan.strict_json import JsonValue, read_json_file
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ import random
 import pytest
 
 from hfpp.errors import PipelineConfigError
-from hfpp.plan.actions import parse_action
 from hfpp.plan.costs import UnitCost
 from hfpp.plan.render.chrome_trace import Take
 from hfpp.plan.render.planned import planned
@@ -23,7 +22,8 @@ from hfpp.plan.render.recorded import (
     table_of,
 )
 from hfpp.plan.render.timeline import Timeline
-from hfpp.plan.schedule import SCHEDULES, compute_table
+from hfpp.plan.schedules.actions import parse_action
+from hfpp.plan.schedules.schedule import SCHEDULES, compute_table
 
 
 def record(

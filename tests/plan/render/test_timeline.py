@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from hfpp.plan.actions import parse_action
 from hfpp.plan.costs import UnitCost
 from hfpp.plan.render.planned import planned
 from hfpp.plan.render.timeline import Bar, Kept, Timeline
-from hfpp.plan.schedule import SCHEDULES, compute_table
-from hfpp.plan.simulate import uniform_costs
-from hfpp.plan.verify import peak_activations
-from tests.plan.test_schedule import sizes, table_of
+from hfpp.plan.schedules.actions import parse_action
+from hfpp.plan.schedules.schedule import SCHEDULES, compute_table
+from hfpp.plan.schedules.simulate import uniform_costs
+from hfpp.plan.schedules.verify import peak_activations
+from tests.plan.schedules.test_schedule import sizes, table_of
 
 
 def timeline_of(name: str, pp_size: int, n_microbatches: int, **changes: Any) -> Timeline:

@@ -1,0 +1,1 @@
+"""How layers are divided among stages: the grammar of partitions, and balanced ones."""

@@ -1,0 +1,1 @@
+"""Schedules as tables: made, lowered, read and written, checked, simulated."""

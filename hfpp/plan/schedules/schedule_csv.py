@@ -1,0 +1,45 @@
+"""Schedule files: one row per rank, one action per column, in torch's format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfpp import _core
+from hfpp.plan.schedules.actions import ScheduleTable
+
+if TYPE_CHECKING:
+    import os
+
+__all__ = ["read_csv", "write_csv"]
+
+
+def read_csv(path: str | os.PathLike[str]) -> ScheduleTable:
+    """Reads a schedule file as torch writes it, with or without communication.
+
+    Nothing but the spelling is checked here: `verify` checks the table. A file has at most 2**26
+    actions for at most 2**20 ranks, and takes 8 bytes of memory for each action.
+
+    Args:
+        path: the file: a row per rank, actions such as ``0F0``, blank columns for idle time.
+
+    Raises:
+        FileNotFoundError: no such file.
+        PipelineConfigError: not a schedule; the message names the line and the character, both
+            from 1, and for an action its rank and column, both from 0, and its text.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        return ScheduleTable(_core.read_csv(printable(path), file.read))
+
+
+def write_csv(table: ScheduleTable, path: str | os.PathLike[str]) -> None:
+    """Writes a table in torch's format; `read_csv` reads it back, and so does torch."""
+    with Path(path).open("wb") as file:
+        for rank in range(table.pp_size):
+            file.write(_core.csv_line(table.native, rank))
+
+
+def printable(path: Path) -> str:
+    """A path for messages; bytes that are no text are question marks."""
+    return str(path).encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,1 @@
+"""Finding the best plans for a model on a cluster."""
