@@ -105,7 +105,7 @@ def main() -> None:
     inputs = (ids,) if has_first else ()
     target = ids if has_last else None
     for _ in range(given.steps):
-        schedule.step(*inputs, target=target)
+        schedule.step(*inputs, target=target, return_outputs=False)
         hfpp.clip_grad_norm_(parts, max_norm=1.0)
         optimizer.step()
         optimizer.zero_grad()

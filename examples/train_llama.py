@@ -104,7 +104,8 @@ def main() -> None:
             hfpp.reset_pp_stage_shapes(schedule, stages, config, MICROBATCH, seq_len=length)
         inputs = (ids,) if has_first else ()
         losses: list[torch.Tensor] = []
-        schedule.step(*inputs, target=ids if has_last else None, losses=losses)
+        target = ids if has_last else None
+        schedule.step(*inputs, target=target, losses=losses, return_outputs=False)
         norm = hfpp.clip_grad_norm_(parts, max_norm=1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -137,7 +137,7 @@ def _steps(
         losses: list[Tensor] = []
         arguments = (ids,) if pipeline.has_first_stage else ()
         ends: dict[str, Any] = {"target": ids, "losses": losses} if pipeline.has_last_stage else {}
-        pipeline.schedule.step(*arguments, **ends)
+        pipeline.schedule.step(*arguments, return_outputs=False, **ends)
         norm = clip_grad_norm_(pipeline.model_parts, max_norm)
         rank.optimizer.step()
         rank.warmup.step()

@@ -33,6 +33,7 @@ class Case(NamedTuple):
         rows: sequences per microbatch.
         seq_len: tokens of each.
         n_microbatches: in one step.
+        outputs: whether the step returns them.
     """
 
     model_type: str
@@ -44,12 +45,14 @@ class Case(NamedTuple):
     rows: int = 2
     seq_len: int = 48
     n_microbatches: int = 6
+    outputs: bool = False
 
     @property
     def name(self) -> str:
         """What the case is called."""
         size = self.values["vocab_size"]
-        return f"{self.model_type}-{size}-{self.schedule}-{self.dtype}-{self.pp_size}"
+        name = f"{self.model_type}-{size}-{self.schedule}-{self.dtype}-{self.pp_size}"
+        return f"{name}-outputs" if self.outputs else name
 
     @property
     def config(self) -> Any:
@@ -116,6 +119,7 @@ def measure(world_size: int, case: Case) -> Measured:
         pipeline.schedule.step(
             *((ids,) if pipeline.has_first_stage else ()),
             target=ids if pipeline.has_last_stage else None,
+            return_outputs=case.outputs,
         )
 
     step()
@@ -162,5 +166,5 @@ def predict(case: Case, rank: int, stages: tuple[int, ...], schedule: str) -> Me
         stages=stages,
         actions=table.row(rank),
         n_microbatches=case.n_microbatches,
-        keeping=Keeping(optimizer_bytes=0),
+        keeping=Keeping(optimizer_bytes=0, outputs=case.outputs),
     )

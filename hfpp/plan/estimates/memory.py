@@ -1,8 +1,8 @@
 """What one rank's memory holds at its peak: what stays there, what is in flight, and work space.
 
 The peak is found by going through the rank's own computations in order, as torch's pipelining runs
-them: a split backward keeps everything until its weights' part; outputs of the last stage and
-buffers for what is received stay for the whole step.
+them: a split backward keeps everything until its weights' part; buffers for what is received stay
+for the whole step, and so do the last stage's outputs where ``step`` returns them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Keeping:
         replicas: ranks that hold the same parameters, over which the optimizer's states are
             divided; 1 where each keeps all.
         expert_replicas: the same for experts; None: ``replicas`` divided by ``ep``.
-        outputs: whether the last stage's outputs are kept to the step's end, and then joined.
+        outputs: whether the last stage's outputs are kept to the step's end, and then joined, as
+            ``step`` does unless it is called with ``return_outputs=False``.
         sends: whether what was sent stays to the step's end, as in torch's runtime for several
             stages per rank; None: where a rank has several.
         buffers_ahead: whether there is a buffer for every microbatch and direction from the start,
@@ -59,7 +60,7 @@ class Keeping:
     optimizer_bytes: int = 12
     replicas: int = 1
     expert_replicas: int | None = None
-    outputs: bool = True
+    outputs: bool = False
     sends: bool | None = None
     buffers_ahead: bool = True
 
@@ -76,7 +77,8 @@ class StageBytes(NamedTuple):
 
     Attributes:
         kept: from its forward to its backward.
-        kept_by_loss: the part of it that head and loss keep.
+        kept_by_loss: the part of it that head and loss keep, with the output.
+        output: the last stage's; 0 for others.
         between: more than that, from the inputs' to the weights' part of a split backward.
         work_space: at most beside it while the stage computes.
         loss_work_space: the same while the loss computes; 0 for other stages than the last.
@@ -85,6 +87,7 @@ class StageBytes(NamedTuple):
 
     kept: int
     kept_by_loss: int
+    output: int
     between: int
     work_space: int
     loss_work_space: int
@@ -108,11 +111,12 @@ def stage_bytes(
     between = sum(split_backward_bytes(layer, work) for layer in layers)
     space = max((layer_work_space(layer, work) for layer in layers), default=0)
     boundary = work.boundary_bytes * shape.hidden_size
-    loss = loss_space = 0
+    loss = output = loss_space = 0
     if is_last:
-        loss = head_bytes(shape, work)
+        output = round(work.tokens / work.tp * shape.vocab_size * work.width)
+        loss = head_bytes(shape, work) + output
         loss_space = head_work_space(shape, work)
-        between += round(work.tokens / work.tp * shape.vocab_size * work.width)
+        between += output
     else:
         kept += boundary  # what was sent is kept to start the backward from
     if not is_first and _keeps_its_input(shape, work):
@@ -120,6 +124,7 @@ def stage_bytes(
     return StageBytes(
         kept=kept + loss,
         kept_by_loss=loss,
+        output=output,
         between=between,
         work_space=space,
         loss_work_space=loss_space,
@@ -165,15 +170,12 @@ def rank_memory(
     last = len(offsets) - 2
     boundary = work.boundary_bytes * shape.hidden_size
     stay = len(stages) > 1 if keeping.sends is None else keeping.sends
-    ledger = _Ledger(held, last=last, sent=boundary if stay else 0)
+    ledger = _Ledger(held, last=last, sent=boundary if stay else 0, outputs=keeping.outputs)
     for action in actions:
         for leaf in () if action is None else action.leaves:
             if leaf.kind.is_compute:
                 ledger.run(leaf)
-    outputs = 0
-    if last in stages and keeping.outputs:
-        outputs = round(n_microbatches * work.tokens / work.tp * shape.vocab_size * work.width)
-    ledger.finish(outputs, exchanged_bytes(shape, work, stages, last))
+    ledger.finish(exchanged_bytes(shape, work, stages, last))
     activations, logits, sent = ledger.peak
     ends = sum((stage > 0) + (stage < last) for stage in stages)
     gradient = work.width if keeping.gradient_bytes is None else keeping.gradient_bytes
@@ -183,7 +185,7 @@ def rank_memory(
         optimizer=_states(parameters, experts, work, keeping) * keeping.optimizer_bytes,
         activations=activations,
         receive_buffers=sent + boundary * ends * (n_microbatches if keeping.buffers_ahead else 1),
-        logits=outputs + logits,
+        logits=logits,
     )
 
 
@@ -234,11 +236,12 @@ class _Ledger:
         peak: where they were most: what layers keep and work in, what the loss does, what was sent.
     """
 
-    def __init__(self, held: dict[int, StageBytes], *, last: int, sent: int) -> None:
+    def __init__(self, held: dict[int, StageBytes], *, last: int, sent: int, outputs: bool) -> None:
         self.peak = (0, 0, 0)
         self._held = held
         self._last = last
         self._boundary = sent
+        self._keeps_outputs = outputs
         self._kept = self._loss = self._sent = 0
 
     def run(self, action: Action) -> None:
@@ -267,14 +270,14 @@ class _Ledger:
             self._see(stage.work_space)
             return
         self._kept -= layers
-        self._loss -= stage.kept_by_loss
+        self._loss -= stage.kept_by_loss - (stage.output if self._keeps_outputs else 0)
         self._send(index + 1)  # its output, which was among what it kept
         self._see(stage.after)
 
-    def finish(self, outputs: int, exchanged: int) -> None:
-        """The end of the step: outputs are joined beside what they are joined of."""
+    def finish(self, exchanged: int) -> None:
+        """The end of the step: outputs that were kept are joined beside what they are joined of."""
         self._kept = 0
-        self._loss = outputs
+        self._loss *= 2
         self._sent = exchanged
         self._see(0)
 

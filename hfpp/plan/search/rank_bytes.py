@@ -41,8 +41,6 @@ class RankBytes:
     ) -> tuple[MemoryParts, ...]:
         """Bytes of each rank, as if it worked in most while it keeps most.
 
-        At the end, where nothing is kept any more, outputs are joined in a copy.
-
         Args:
             candidate: the sizes.
             offsets: of its partition.
@@ -51,23 +49,20 @@ class RankBytes:
         work, stages = self._work(candidate), self.of_stages(candidate, offsets)
         last = len(stages) - 1
         boundary = work.boundary_bytes * self._replicas.shape.hidden_size
-        kept_outputs = self._outputs(work) * candidate.n_microbatches
         found = []
         for report, own in zip(simulation.ranks, ranks_of(candidate), strict=True):
             held = self._replicas.held(offsets, own)
             space = max(
                 max(stages[s].work_space, stages[s].loss_work_space, stages[s].after) for s in own
             )
-            outputs = kept_outputs if last in own else 0
-            joined = outputs + exchanged_bytes(self._replicas.shape, work, own, last)
+            exchanged = exchanged_bytes(self._replicas.shape, work, own, last)
             ends = sum((stage > 0) + (stage < last) for stage in own)
             stays = report.sent_bytes if len(own) > 1 else 0
             found.append(
                 replace(
                     self._replicas.static_memory(held, candidate.parallel),
-                    activations=max(report.peak_activation_bytes + space, joined),
+                    activations=max(report.peak_activation_bytes + space, exchanged),
                     receive_buffers=boundary * ends * candidate.n_microbatches + stays,
-                    logits=outputs,
                 )
             )
         return tuple(found)
@@ -96,6 +91,3 @@ class RankBytes:
             microbatch_size=candidate.microbatch_size,
             recompute=candidate.recompute,
         )
-
-    def _outputs(self, work: Workload) -> int:
-        return round(work.tokens / work.tp * self._replicas.shape.vocab_size * work.width)
