@@ -67,7 +67,9 @@ class ControlledSchedule(compat.PreparedSchedule):
             *args: inputs of the model, on the rank of the first stage.
             target: what the loss is computed against, on the rank of the last stage.
             losses: emptied and filled with the loss of each microbatch there.
-            **kwargs: `return_outputs` and torch's other options; the rest goes to every stage.
+            **kwargs: torch's options, and what goes to every stage. With `return_outputs=False` the
+                outputs of a microbatch are freed after its backward; else those of all are kept to
+                the end of the step, and joined.
 
         Returns:
             The outputs of the batch on the rank of the last stage; None elsewhere.
