@@ -90,7 +90,7 @@ def read_plan(path: str | PathLike[str]) -> PipelinePlan:
     document = read_json_file(path, what="a plan file", largest=_LARGEST_FILE)
     if isinstance(document.value, dict) and document.value.get("format") != _FORMAT:
         raise PipelineConfigError(
-            f'{document.name}: $.format must be "{_FORMAT}": give a file that hfpp plan --out wrote'
+            f'{document.at("format")} must be "{_FORMAT}": give a file that hfpp plan --out wrote'
         )
     optional = ("parallel", "recompute", "prediction")
     top = document.fields(
@@ -134,7 +134,7 @@ def read_plan(path: str | PathLike[str]) -> PipelinePlan:
     try:
         plan = PipelinePlan(**parts)
     except PipelineConfigError as error:
-        raise PipelineConfigError(f"{document.name}: $: {error}") from None
+        raise PipelineConfigError(f"{document.at()}: {error}") from None
     if schedule["placement"].value != plan.placement.value:
         schedule["placement"].fail(f"must be {plan.placement.value!r}, as {plan.schedule} has it")
     return plan
@@ -155,9 +155,7 @@ def _table(rows: JsonValue, name: str) -> ScheduleTable:
             try:
                 actions[-1].append(parse_action(text))
             except PipelineConfigError as error:
-                raise PipelineConfigError(
-                    f"{row.name}: {row.path}, column {column}: {error}"
-                ) from None
+                raise PipelineConfigError(f"{row.at()}, action {column}: {error}") from None
     return ScheduleTable.from_rows(name, actions)
 
 
@@ -185,7 +183,7 @@ def _parallel(value: JsonValue) -> ParallelSizes:
     try:
         return ParallelSizes(**sizes)
     except PipelineConfigError as error:
-        raise PipelineConfigError(f"{value.name}: {value.path}: {error}") from None
+        raise PipelineConfigError(f"{value.at()}: {error}") from None
 
 
 def _prediction(value: JsonValue) -> Prediction:

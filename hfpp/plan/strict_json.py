@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from hfpp.errors import PipelineConfigError
+from hfpp.plan.json_document import read_document
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from os import PathLike
 
+    from hfpp.plan.json_document import JsonDocument
+    from hfpp.plan.json_places import Step
+
 __all__ = ["JsonValue", "read_json_file"]
 
 _LARGEST_INTEGER = 1 << 53
 _SHOWN = 60  # characters of a wrong value
+_ROOT: Any = object()
 _Parsed = TypeVar("_Parsed")
 
 
@@ -24,20 +28,29 @@ class JsonValue:
 
     Attributes:
         value: as `json` gives it.
-        path: where it stands, such as ``$.schedule.name``.
-        name: of the document, for messages.
     """
 
-    __slots__ = ("name", "path", "value")
+    __slots__ = ("_document", "_steps", "value")
 
-    def __init__(self, value: Any, name: str, path: str = "$") -> None:
-        self.value = value
-        self.path = path
-        self.name = name
+    def __init__(self, document: JsonDocument, value: Any = _ROOT, steps: Sequence[Step] = ()):
+        self.value = document.value if value is _ROOT else value
+        self._document = document
+        self._steps = steps
+
+    def at(self, *steps: Step) -> str:
+        """The file, line and column of something in this value, and its path from the root."""
+        way = (*self._steps, *steps)
+        names = (f".{step}" if isinstance(step, str) else f"[{step}]" for step in way)
+        place = self._document.place(way)
+        return f"{self._document.name}{place and ', '}{place}: ${''.join(names)}"
 
     def fail(self, rule: str) -> NoReturn:
         """Raise the error of this value: what it is, and the rule that it breaks."""
-        raise PipelineConfigError(f"{self.name}: {self.path} ({_shown(self.value)}) {rule}")
+        raise PipelineConfigError(f"{self.at()} ({_shown(self.value)}) {rule}")
+
+    def member(self, name: str) -> JsonValue:
+        """A member of an object; null where it has none of this name."""
+        return JsonValue(self._document, self.value.get(name), (*self._steps, name))
 
     def fields(self, names: Sequence[str], *, optional: Sequence[str] = ()) -> _Fields:
         """The members of an object that has these and no others.
@@ -50,14 +63,15 @@ class JsonValue:
         known = (*names, *optional)
         for name in self.value:
             if name not in known:
+                place = self.at(name).removesuffix(f".{name}")
                 raise PipelineConfigError(
-                    f"{self.name}: {self.path} has a member {_shown(name)} that is not known: use "
-                    f"only {', '.join(known)}"
+                    f"{place} has a member {_shown(name)} that is not known: use only "
+                    f"{', '.join(known)}"
                 )
         for name in names:
             if name not in self.value:
                 raise PipelineConfigError(
-                    f"{self.name}: {self.path} has no member {name!r}: it needs {', '.join(names)}"
+                    f"{self.at()} has no member {name!r}: it needs {', '.join(names)}"
                 )
         return _Fields(self)
 
@@ -72,7 +86,7 @@ class JsonValue:
         if len(self.value) > most:
             self.fail(f"has {len(self.value)} elements: at most {most} are read")
         return [
-            JsonValue(value, self.name, f"{self.path}[{index}]")
+            JsonValue(self._document, value, (*self._steps, index))
             for index, value in enumerate(self.value)
         ]
 
@@ -139,76 +153,17 @@ class _Fields:
         self._owner = owner
 
     def __getitem__(self, name: str) -> JsonValue:
-        owner = self._owner
-        return JsonValue(owner.value.get(name), owner.name, f"{owner.path}.{name}")
+        return self._owner.member(name)
 
 
 def read_json_file(path: str | PathLike[str], *, what: str, largest: int) -> JsonValue:
-    """A JSON document: UTF-8, no member twice, no NaN and no infinity.
-
-    Args:
-        path: of the file.
-        what: what it should be, for messages.
-        largest: bytes; nothing beyond is read.
+    """A JSON document, as `read_document` reads it, without any infinity.
 
     Raises:
         FileNotFoundError: no such file.
         PipelineConfigError: no JSON; the message has file, line and column.
     """
-    file, name = Path(path), str(path)
-    if not file.exists():
-        raise FileNotFoundError(f"{name}: no such file; give the path of {what}")
-    try:
-        if not file.is_file():  # a pipe or a device may never end
-            raise PipelineConfigError(f"{name} is no regular file: give the path of {what}")
-        with file.open("rb") as stream:
-            data = stream.read(largest + 1)
-    except OSError as error:
-        raise PipelineConfigError(f"{name} cannot be read: {error.strerror}") from None
-    if len(data) > largest:
-        raise PipelineConfigError(
-            f"{name} is larger than {largest >> 20} MiB, which no {what.removeprefix('a ')} is: "
-            f"give the path of {what}"
-        )
-    return _parsed(data, name, what)
-
-
-def _parsed(data: bytes, name: str, what: str) -> JsonValue:
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        place = _place(data[: error.start].decode("utf-8", "replace"))
-        raise PipelineConfigError(f"{name}, {place}: not UTF-8: give the path of {what}") from None
-    try:
-        value = json.loads(text, object_pairs_hook=_without_doubles, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise PipelineConfigError(f"{name}, {place}: not JSON: {error.msg}") from None
-    except RecursionError:
-        raise PipelineConfigError(f"{name}: nested too deep to be {what}") from None
-    except ValueError as error:  # a number of thousands of digits, or one of the hooks
-        raise PipelineConfigError(f"{name}: {str(error)[:200]}") from None
-    return JsonValue(value, name)
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise ValueError(f"the member {_shown(name)} stands twice in one object: keep one")
-            seen.add(name)
-    return members
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON number: write a finite one")
-
-
-def _place(before: str) -> str:
-    """Line and column of what follows a text."""
-    return f"line {before.count(chr(10)) + 1}, column {len(before) - before.rfind(chr(10))}"
+    return JsonValue(read_document(path, what=what, largest=largest))
 
 
 def _shown(value: Any) -> str:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hfpp.errors import PipelineConfigError
+from hfpp.plan.json_document import JsonDocument, read_document
 
-__all__ = ["ModelConfig", "read_config"]
+__all__ = ["ModelConfig", "read_config", "read_config_file"]
 
 LARGEST_FILE = 64 << 20  # bytes; vocabularies of multimodal models make the largest ones
 LARGEST_SIZE = 1 << 40  # of a width, in elements
@@ -26,41 +27,57 @@ class ModelConfig:
 
     Attributes:
         values: by name.
-        name: what errors call it: the file, or "config".
         model_type: its model_type; empty where it has none.
-        text: of the file, to find lines in; empty for a mapping.
-        path: names of the sub-configs that lead here, joined by dots.
+        document: the file, to find lines in; None for a mapping.
+        path: names of the sub-configs that lead here.
+        besides: names of the sub-configs whose entries are among the values.
     """
 
     values: Mapping[str, Any]
-    name: str
     model_type: str
-    text: str = field(default="", repr=False)
-    path: str = ""
+    document: JsonDocument | None = field(default=None, repr=False)
+    path: tuple[str, ...] = ()
+    besides: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What errors call it: the file, or "config"."""
+        return "config" if self.document is None else self.document.name
 
     def inner(self, key: str) -> ModelConfig | None:
-        """A sub-config; None where there is none of this name."""
-        values = self.values.get(key)
-        if not isinstance(values, Mapping):
+        """A sub-config; None where there is none of this name.
+
+        Raises:
+            PipelineConfigError: it is no object.
+        """
+        values = self._object(key)
+        if values is None:
             return None
-        own = values.get("model_type")
-        path = f"{self.path}.{key}".removeprefix(".")
-        kind = own if isinstance(own, str) else self.model_type
-        return ModelConfig(values, self.name, kind, self.text, path)
+        kind = _kind(values) or self.model_type
+        return ModelConfig(values, kind, self.document, (*self.path, key))
 
     def merged(self, keys: Sequence[str]) -> ModelConfig:
-        """The same config with the entries of these sub-configs among its own."""
+        """The same config with the entries of these sub-configs among its own.
+
+        Raises:
+            PipelineConfigError: one of them is no object.
+        """
         values = dict(self.values)
         for key in keys:
-            inner = values.get(key)
-            if isinstance(inner, Mapping):
-                values = {**inner, **values}
-        return ModelConfig(values, self.name, self.model_type, self.text, self.path)
+            values = {**(self._object(key) or {}), **values}
+        return replace(self, values=values, besides=tuple(keys))
+
+    def _object(self, key: str) -> Mapping[str, Any] | None:
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            self.fail(key, f"is {_shown(value)}: it must be an object, {{...}}")
+        return value
 
     def with_values(self, changes: Mapping[str, Any]) -> ModelConfig:
         """The same config with other values."""
-        values = {**self.values, **changes}
-        return ModelConfig(values, self.name, self.model_type, self.text, self.path)
+        return replace(self, values={**self.values, **changes})
 
     def has(self, *names: str) -> bool:
         """Whether any of these is set to something else than null."""
@@ -150,9 +167,25 @@ class ModelConfig:
             self.fail(name, f"is {_shown(value)}: it must list integers")
         return frozenset(value)
 
+    def check_multiple(
+        self, names: Sequence[str], value: int, divisors: Sequence[str], divisor: int
+    ) -> None:
+        """Check that one size is a multiple of another; both by any of their names.
+
+        Raises:
+            PipelineConfigError: it is none.
+        """
+        if value % divisor:
+            keys = [next(filter(self.has, given), given[0]) for given in (names, divisors)]
+            self.fail(keys[0], f"is {value}: it must be a multiple of {keys[1]} ({divisor})")
+
     def fail(self, key: str, what: str) -> NoReturn:
         """Raise the error of one value, with its line where it comes from a file."""
-        raise PipelineConfigError(f"{self.name}{self._place(key)}: {self._full(key)} {what}.")
+        inners = ((), *((inner,) for inner in self.besides))
+        ways = [(*self.path, *inner, key) for inner in inners]
+        places = [self.document.place(way) if self.document is not None else "" for way in ways]
+        way, place = next(filter(itemgetter(1), zip(ways, places, strict=True)), (ways[0], ""))
+        raise PipelineConfigError(f"{self.name}{place and ', '}{place}: {'.'.join(way)} {what}.")
 
     def fail_missing(self, names: Sequence[str]) -> NoReturn:
         """Raise the error of a size that none of its names gives."""
@@ -164,11 +197,7 @@ class ModelConfig:
         )
 
     def _full(self, key: str) -> str:
-        return f"{self.path}.{key}".removeprefix(".")
-
-    def _place(self, key: str) -> str:
-        found = re.search(rf'"{re.escape(key)}"\s*:', self.text)
-        return "" if found is None else f", {_place(self.text, found.start())}"
+        return ".".join((*self.path, key))
 
 
 def read_config(source: Mapping[str, Any] | str | PathLike[str]) -> ModelConfig:
@@ -178,69 +207,56 @@ def read_config(source: Mapping[str, Any] | str | PathLike[str]) -> ModelConfig:
         source: the values by name, the path of a JSON file, or a folder with a config.json.
 
     Raises:
-        PipelineConfigError: there is no such file, or it holds no JSON object; with line and
-            column.
+        FileNotFoundError: no such file.
+        PipelineConfigError: it holds no JSON object; with line and column.
     """
     if isinstance(source, Mapping):
-        return _config(source, "config", "")
+        return _config(source, None)
     if not isinstance(source, str | PathLike):
         raise PipelineConfigError(
             f"source is a {type(source).__name__}: give a config's values as a dict, the path of a "
             f"config.json or of a folder with one"
         )
-    path = Path(source)
-    name = repr(str(path / "config.json" if path.is_dir() else path))
-    text = _read(path / "config.json" if path.is_dir() else path, name)
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise PipelineConfigError(f"{name}, {place}: no JSON: {error.msg}.") from None
-    except (RecursionError, ValueError) as error:
-        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)[:120]
-        raise PipelineConfigError(f"{name}: no usable JSON: {reason}.") from None
-    if not isinstance(values, dict):
+    document = read_config_file(source)
+    if not isinstance(document.value, dict):
         raise PipelineConfigError(
-            f"{name}, line 1, column 1: the file must hold one JSON object ({{...}}), but holds a "
-            f"{type(values).__name__}."
+            f"{document.name}, {document.place(())}: the file must hold one JSON object ({{...}}), "
+            f"but holds a {type(document.value).__name__}."
         )
-    return _config(values, name, text)
+    return _config(document.value, document)
 
 
-def _config(values: Mapping[str, Any], name: str, text: str) -> ModelConfig:
+def read_config_file(path: str | PathLike[str]) -> JsonDocument:
+    """A config.json, in itself or in a folder.
+
+    Infinity may stand in it: several classes of transformers (Mamba 2, Bamba, Zamba 2, Falcon H1,
+    Granite hybrid, Nemotron H) have a ``time_step_limit`` of 0 to infinity, which Python's json
+    writes so. None has NaN or a negative infinity.
+
+    Raises:
+        FileNotFoundError: no such file.
+        PipelineConfigError: no JSON; the message has file, line and column.
+    """
+    file = Path(path)
+    return read_document(
+        file / "config.json" if file.is_dir() else file,
+        what="a config.json or of a folder with one",
+        largest=LARGEST_FILE,
+        allow_infinity=True,
+    )
+
+
+def _config(values: Mapping[str, Any], document: JsonDocument | None) -> ModelConfig:
+    config = ModelConfig(values, _kind(values), document)
     kind = values.get("model_type")
-    return ModelConfig(values, name, kind if isinstance(kind, str) else "", text)
+    if kind is not None and not isinstance(kind, str):
+        config.fail("model_type", f"is {_shown(kind)}: it must be a name, such as \"llama\"")
+    return config
 
 
-def _read(path: Path, name: str) -> str:
-    try:
-        is_file = path.is_file()
-    except ValueError:  # a null byte
-        is_file = False
-    if not is_file:
-        raise PipelineConfigError(
-            f"{name} is no file: give the path of a config.json or of a folder with one."
-        )
-    try:
-        with path.open("rb") as file:
-            data = file.read(LARGEST_FILE + 1)
-    except OSError as error:
-        raise PipelineConfigError(f"{name} cannot be read: {error.strerror}.") from None
-    if len(data) > LARGEST_FILE:
-        raise PipelineConfigError(
-            f"{name} is larger than {LARGEST_FILE >> 20} MiB: give a model's config.json."
-        )
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = data[: error.start].decode("utf-8", errors="replace")
-        place = _place(before, len(before))
-        raise PipelineConfigError(f"{name}, {place}: no UTF-8 text.") from None
-
-
-def _place(text: str, position: int) -> str:
-    line = text.count("\n", 0, position) + 1
-    return f"line {line}, column {position - (text.rfind(chr(10), 0, position) + 1) + 1}"
+def _kind(values: Mapping[str, Any]) -> str:
+    kind = values.get("model_type")
+    return kind if isinstance(kind, str) else ""
 
 
 def _shown(value: Any) -> str:

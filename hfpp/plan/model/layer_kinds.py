@@ -114,7 +114,7 @@ def _mixers(config: ModelConfig, family: Family, count: int) -> list[str]:
     if (chosen := config.listed("attn_type_list")) is not None and len(chosen) == count:
         return ["full" if kind == 1 else "recurrent" for kind in chosen]
     if (period := config.optional("attn_layer_period")) is not None:
-        offset = config.optional("attn_layer_offset", minimum=0) or 0
+        offset = config.optional("attn_layer_offset", minimum=0, maximum=period - 1) or 0
         return ["full" if i % period == offset else "recurrent" for i in range(count)]
     if (period := config.optional("full_attention_interval")) is not None:
         return ["full" if (i + 1) % period == 0 else "recurrent" for i in range(count)]
@@ -165,7 +165,7 @@ def _sparse(config: ModelConfig, count: int) -> list[bool]:
     if (step := config.optional("interleave_moe_layer_step", minimum=0)) is not None:
         return [step > 0 and (i + 1) % step == 0 for i in range(count)]
     if (period := config.optional("expert_layer_period")) is not None:
-        offset = config.optional("expert_layer_offset", minimum=0) or 0
+        offset = config.optional("expert_layer_offset", minimum=0, maximum=period - 1) or 0
         return [i % period == offset for i in range(count)]
     if config.has("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"):
         return _between(config, count)

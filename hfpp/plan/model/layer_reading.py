@@ -25,6 +25,7 @@ __all__ = ["HIDDEN_KEYS", "norm_parameters", "read_layer"]
 
 HIDDEN_KEYS = ("hidden_size", "n_embd", "d_model", "model_dim")
 HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+_KV_HEAD_KEYS = ("num_key_value_heads", "kv_n_heads", "num_kv_heads")
 WIDTH_KEYS = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", "dff")
 _TOP_K_KEYS = (
     "num_experts_per_tok",
@@ -107,15 +108,12 @@ def _attention(config: ModelConfig, family: Family, mixer: str, hidden: int) -> 
     heads = config.integer(*HEAD_KEYS, maximum=MOST_HEADS)
     if config.has("kv_lora_rank"):
         return _latent_attention(config, family, hidden, heads, reach)
-    kv_heads = config.optional(
-        "num_key_value_heads", "kv_n_heads", "num_kv_heads", maximum=MOST_HEADS
-    )
+    kv_heads = config.optional(*_KV_HEAD_KEYS, maximum=MOST_HEADS)
     kv_heads = heads if kv_heads is None or family.is_multi_head else kv_heads
+    config.check_multiple(HEAD_KEYS, heads, _KV_HEAD_KEYS, kv_heads)
     dim = config.optional("head_dim", "attention_head_dim")
     if dim is None:
-        if hidden % heads:
-            key = next(key for key in HIDDEN_KEYS if config.has(key))
-            config.fail(key, f"({hidden}) is no multiple of the number of heads ({heads})")
+        config.check_multiple(HIDDEN_KEYS, hidden, HEAD_KEYS, heads)
         dim = hidden // heads
     bias, out_bias = holds(family.qkv_bias, config), holds(family.out_bias, config)
     inward = [

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 __all__ = ["read_recurrence"]
 
+_MAMBA_HEAD_KEYS = ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "num_heads")
+_GROUP_KEYS = ("mamba_n_groups", "mamba_ngroups", "n_groups")
+
 
 def read_recurrence(config: ModelConfig, kind: str, hidden: int) -> Recurrence:
     """A mixer of this kind.
@@ -36,7 +39,10 @@ def read_recurrence(config: ModelConfig, kind: str, hidden: int) -> Recurrence:
 def _inner(config: ModelConfig, hidden: int) -> int:
     expand = config.values.get("mamba_expand", config.values.get("expand"))
     name = "mamba_expand" if "mamba_expand" in config.values else "expand"
-    return int((2 if expand is None else config.number(name, 2.0)) * hidden)
+    inner = int((2 if expand is None else config.number(name, 2.0)) * hidden)
+    if inner < 1:
+        config.fail(name, f"is {expand}: with hidden states of {hidden} it leaves no width")
+    return inner
 
 
 def _mamba(config: ModelConfig, hidden: int, kind: str) -> Recurrence:
@@ -58,6 +64,8 @@ def _mamba(config: ModelConfig, hidden: int, kind: str) -> Recurrence:
         besides += rank + 2 * state
     elif kind == "mamba_heads":
         heads = config.integer("n_mamba_heads")
+        if inner % heads:
+            config.fail("n_mamba_heads", f"is {heads}: it must divide the width of {inner}")
         inside = (
             Linear(inner // heads, heads * (rank + 2 * state)),
             Linear(rank, inner, bias=True),
@@ -75,11 +83,12 @@ def _mamba(config: ModelConfig, hidden: int, kind: str) -> Recurrence:
 
 def _mamba2(config: ModelConfig, hidden: int) -> Recurrence:
     """State-space duality (arXiv 2405.21060)."""
-    heads = config.integer("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "num_heads")
+    heads = config.integer(*_MAMBA_HEAD_KEYS)
     dim = config.integer("mamba_d_head", "mamba_head_dim", "mamba_headdim", "head_dim")
     inner = config.optional("mamba_d_ssm") or heads * dim
     state = config.integer("mamba_d_state", "ssm_state_size", "state_size")
-    groups = config.integer("mamba_n_groups", "mamba_ngroups", "n_groups")
+    groups = config.integer(*_GROUP_KEYS)
+    config.check_multiple(_MAMBA_HEAD_KEYS, heads, _GROUP_KEYS, groups)
     kernel = config.integer("mamba_d_conv", "conv_kernel")
     bias = config.flag("mamba_proj_bias") or config.flag("use_bias")
     conv_bias = config.flag("mamba_conv_bias", config.flag("use_conv_bias", default=True))
@@ -104,7 +113,11 @@ def _delta(config: ModelConfig, hidden: int) -> Recurrence:
     key_dim = config.integer("linear_key_head_dim")
     value_dim = config.integer("linear_value_head_dim")
     value_heads = config.integer("linear_num_value_heads")
-    keys = config.integer("linear_num_key_heads") * key_dim
+    key_heads = config.integer("linear_num_key_heads")
+    config.check_multiple(
+        ["linear_num_value_heads"], value_heads, ["linear_num_key_heads"], key_heads
+    )
+    keys = key_heads * key_dim
     values = value_heads * value_dim
     kernel = config.integer("linear_conv_kernel_dim")
     conv = 2 * keys + values
@@ -191,7 +204,10 @@ def _linear_recurrent_unit(config: ModelConfig, hidden: int) -> Recurrence:
 def _lightning(config: ModelConfig, hidden: int) -> Recurrence:
     """Linear attention with a decay per head (arXiv 2401.04658)."""
     heads = config.integer("num_attention_heads")
-    dim = config.optional("head_dim") or hidden // heads
+    dim = config.optional("head_dim")
+    if dim is None:
+        config.check_multiple(["hidden_size"], hidden, ["num_attention_heads"], heads)
+        dim = hidden // heads
     width = heads * dim
     return Recurrence(
         kind="linear",

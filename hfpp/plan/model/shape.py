@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -66,14 +67,18 @@ class ModelShape:
     not_counted: tuple[str, ...] = ()
 
     @classmethod
-    def from_config(cls, source: Mapping[str, Any] | str | PathLike[str]) -> ModelShape:
+    def from_config(
+        cls, source: Mapping[str, Any] | str | PathLike[str], *, dtype: str | None = None
+    ) -> ModelShape:
         """Read a model's shape from its config.
 
         Args:
             source: the config's values as a dict, the path of a config.json, or of a folder with
                 one. Of a multimodal config the text model is read.
+            dtype: instead of the config's, by torch's name; None takes the config's.
 
         Raises:
+            FileNotFoundError: no such file.
             PipelineConfigError: the file holds no JSON object, a needed key is absent, a size is
                 absurd, or the model type is one that the keys do not tell enough of; naming the
                 file, the line and the keys.
@@ -89,7 +94,7 @@ class ModelShape:
             >>> f"{shape.parameters:,}"
             '405,853,388,800'
         """
-        return _read(cls, read_config(source))
+        return _read(cls, read_config(source), dtype)
 
     @cached_property
     def widest_head(self) -> int:
@@ -110,7 +115,7 @@ class ModelShape:
         return sum(layer.active_parameters for layer in self.layers) + self.head_parameters
 
 
-def _read(cls: type[ModelShape], config: ModelConfig) -> ModelShape:
+def _read(cls: type[ModelShape], config: ModelConfig, dtype: str | None) -> ModelShape:
     outer = config
     for key in _TEXT_KEYS:
         inner = config.inner(key)
@@ -149,7 +154,6 @@ def _read(cls: type[ModelShape], config: ModelConfig) -> ModelShape:
         key, more = family.positions
         embedding += (config.integer(key) + more) * hidden
     head = vocabulary * hidden + (vocabulary if holds(family.head_bias, config) else 0)
-    dtype = config.values.get("dtype", config.values.get("torch_dtype"))
     return cls(
         model_type=config.model_type,
         hidden_size=hidden,
@@ -161,10 +165,28 @@ def _read(cls: type[ModelShape], config: ModelConfig) -> ModelShape:
         norm=family.norm,
         has_final_norm=final,
         has_logit_softcap=config.has("final_logit_softcapping", "logits_soft_cap"),
-        dtype=dtype if isinstance(dtype, str) and dtype in _DTYPES else None,
+        dtype=_dtype(config) or _dtype(outer) if dtype is None else dtype,
         is_known=is_known,
         not_counted=encoders,
     )
+
+
+def _dtype(config: ModelConfig) -> str | None:
+    """torch's name of the config's dtype; None where it has none."""
+    for key in ("dtype", "torch_dtype"):
+        value = config.values.get(key)
+        if value is None or value == "auto":
+            continue
+        name = str(value).removeprefix("torch.")  # a live config's is an object of torch
+        if name not in _DTYPES:
+            shown = json.dumps(value) if isinstance(value, str) and len(value) < 40 else "no dtype"
+            config.fail(
+                key,
+                f"is {shown}: it must be one of {', '.join(sorted(_DTYPES))}; or say what is "
+                "trained in, with hfpp plan --dtype or from_config(dtype=...)",
+            )
+        return name
+    return None
 
 
 def _layers(config: ModelConfig, family: Family) -> tuple[LayerShape, ...]:

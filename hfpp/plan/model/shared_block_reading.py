@@ -35,6 +35,7 @@ def read_shared_block(
         config.fail("layer_types", "has layers of the kind 'hybrid', which are not known")
     heads = config.integer("num_attention_heads")
     kv_heads = config.optional("num_key_value_heads") or heads
+    config.check_multiple(["num_attention_heads"], heads, ["num_key_value_heads"], kv_heads)
     dim = config.optional("attention_head_dim") or 2 * hidden // heads
     width = config.integer("intermediate_size")
     bias = holds(family.mlp_bias, config)

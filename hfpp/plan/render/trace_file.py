@@ -14,6 +14,8 @@ from hfpp.plan.strict_json import JsonValue, read_json_file
 if TYPE_CHECKING:
     from os import PathLike
 
+    from hfpp.plan.json_places import Step
+
 __all__ = ["is_trace", "read_trace", "trace_takes"]
 
 _LARGEST = 128 << 20
@@ -59,18 +61,19 @@ class _Reader:
     """The events of a file by label and step."""
 
     def __init__(self, document: JsonValue) -> None:
-        self._name = document.name
+        self._document = document
         value = document.value
         about = value.get("otherData") if isinstance(value, dict) else None
         if not isinstance(about, dict) or about.get("hfpp") != FORMAT:
-            self._refuse("$.otherData.hfpp is not 1, and so it is no trace that hfpp wrote")
+            problem = f"is not {FORMAT}, and so it is no trace that hfpp wrote"
+            self._refuse(problem, "otherData", "hfpp")
         if about.get("unit") not in _UNITS:
-            self._refuse('$.otherData.unit must be "s" or "none"')
+            self._refuse('must be "s" or "none"', "otherData", "unit")
         self._schedule = one_line(str(about.get("schedule", "")))
         self._unit, self._scale = _UNITS[about["unit"]]
         events = value.get("traceEvents")
         if not isinstance(events, list):
-            self._refuse("$.traceEvents must be an array, [...]")
+            self._refuse("must be an array, [...]", "traceEvents")
         self.events: list[Any] = events
         self._bars: dict[tuple[str, int | None], dict[int, list[Bar]]] = {}
         self._transfers: dict[tuple[str, int | None], list[Transfer]] = {}
@@ -80,7 +83,7 @@ class _Reader:
         about = event.get("args") if isinstance(event, dict) else None
         if not isinstance(about, dict) or event.get("ph") != "X" or "action" not in about:
             return
-        where = f"$.traceEvents[{index}]"
+        where: tuple[Step, ...] = ("traceEvents", index)
         action = self._action(about["action"], where)
         rank = self._whole(about, "rank", where)
         step = self._whole(about, "step", where) if "step" in about else None
@@ -95,27 +98,28 @@ class _Reader:
         elif action.kind.is_compute and not action.parts:
             self._bars.setdefault(key, {}).setdefault(rank, []).append(Bar(action, start, end))
         else:
-            self._refuse(f"{where}.args.action ({action}) is neither a computation nor a send")
+            problem = f"({action}) is neither a computation nor a send"
+            self._refuse(problem, *where, "args", "action")
 
     def takes(self) -> list[Take]:
         """What was taken."""
         if not self._bars:
-            self._refuse("it has no computation")
+            self._refuse("has no computation")
         return [self._take(label, step, rows) for (label, step), rows in self._bars.items()]
 
     def _take(self, label: str, step: int | None, rows: dict[int, list[Bar]]) -> Take:
         if sorted(rows) != list(range(len(rows))):
             self._refuse(
-                f"step {step} has computations of {len(rows)} ranks, but not of ranks 0 "
+                f"has computations in step {step} of {len(rows)} ranks, but not of ranks 0 "
                 f"to {len(rows) - 1}"
             )
         start = min(bar.start for bars in rows.values() for bar in bars)
         if not any(bar.end > start for bars in rows.values() for bar in bars):
-            self._refuse(f"step {step} takes no time")
+            self._refuse(f"has a step {step} that takes no time")
         ordered = [sorted(rows[rank], key=lambda bar: bar.start) for rank in range(len(rows))]
         transfers = self._transfers.get((label, step), [])
         if any(not (t.source < len(rows) and t.target < len(rows)) for t in transfers):
-            self._refuse(f"step {step} has a message from or to a rank that computes nothing")
+            self._refuse(f"has a message in step {step} from or to a rank that computes nothing")
         timeline = Timeline.of_bars(
             self._schedule,
             [[self._from(bar, start) for bar in bars] for bars in ordered],
@@ -129,28 +133,29 @@ class _Reader:
             start=(timed.start - start) * self._scale, end=(timed.end - start) * self._scale
         )
 
-    def _action(self, text: Any, where: str) -> Action:
+    def _action(self, text: Any, where: tuple[Step, ...]) -> Action:
         try:
             action = parse_action(text) if isinstance(text, str) and len(text) < 200 else None
         except PipelineConfigError as error:
-            self._refuse(f"{where}.args.action: {error}")
+            self._refuse(f"is no action: {error}", *where, "args", "action")
         if action is None:
-            self._refuse(f"{where}.args.action must be an action, such as 3F0")
+            self._refuse("must be an action, such as 3F0", *where, "args", "action")
         return action
 
-    def _whole(self, values: dict[str, Any], name: str, where: str) -> int:
+    def _whole(self, values: dict[str, Any], name: str, where: tuple[Step, ...]) -> int:
         value = values.get(name)
         if type(value) is not int or not 0 <= value < 1 << 53:
-            self._refuse(f"{where}.args.{name} must be an integer that is not negative")
+            self._refuse("must be an integer that is not negative", *where, "args", name)
         return value
 
-    def _number(self, values: dict[str, Any], name: str, where: str) -> float:
+    def _number(self, values: dict[str, Any], name: str, where: tuple[Step, ...]) -> float:
         value: Any = values.get(name)
         if type(value) not in (int, float) or not 0 <= value < 1e18:  # nor is NaN
-            self._refuse(f"{where}.{name} must be a finite number that is not negative")
+            self._refuse("must be a finite number that is not negative", *where, name)
         return float(value)
 
-    def _refuse(self, problem: str) -> NoReturn:
+    def _refuse(self, problem: str, *where: Step) -> NoReturn:
         raise PipelineConfigError(
-            f"{self._name}: {problem}: give a file of hfpp train --trace or hfpp show --trace"
+            f"{self._document.at(*where)} {problem}: give a file of hfpp train --trace or hfpp "
+            "show --trace"
         )

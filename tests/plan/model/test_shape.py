@@ -180,7 +180,7 @@ def test_unknown_types_are_read_by_their_keys() -> None:
         ({"hidden_size": [[[[64] * 100]]]}, r"hidden_size is \[\[\[\[64.*\.\.\.: it must"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000: .* to 4096"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
-        ({"num_attention_heads": 5}, "hidden_size .64. is no multiple of the number of heads .5."),
+        ({"num_attention_heads": 6}, "hidden_size is 64: .*multiple of num_attention_heads .6."),
         ({"tie_word_embeddings": "yes"}, 'tie_word_embeddings is "yes": it must be true or false'),
         ({"layer_types": ["full_attention"]}, "layer_types has 1 entries for 4 layers"),
         ({"layer_types": ["full_attention"] * 3 + ["magic"]}, "'magic', which is unknown"),
@@ -202,15 +202,15 @@ def test_bad_values(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b'{"hidden_size": 64,\n "a": }', "line 2, column 7: no JSON"),
-        (b'{"hidden_size": 64', "line 1, column 19: no JSON"),
-        (b"", "line 1, column 1: no JSON"),
-        (b"\x00\x01\x02", "line 1, column 1: no JSON"),
-        (b'{"a": 1,\n "b": "\xff"}', "line 2, column 8: no UTF-8"),
+        (b'{"hidden_size": 64,\n "a": }', "line 2, column 7: not JSON"),
+        (b'{"hidden_size": 64', "line 1, column 19: not JSON"),
+        (b"", "line 1, column 1: not JSON"),
+        (b"\x00\x01\x02", "line 1, column 1: not JSON"),
+        (b'{"a": 1,\n "b": "\xff"}', "line 2, column 8: not UTF-8"),
         (b"[1, 2]", "line 1, column 1: the file must hold one JSON object"),
         (b"[" * 100_000, "nested too deep"),
         (b'{"a":' * 100_000, "nested too deep"),
-        (b'{"hidden_size": ' + b"9" * 10_000 + b"}", "no usable JSON"),
+        (b'{"hidden_size": ' + b"9" * 10_000 + b"}", "line 1, column 17: a number of 10000 digits"),
         (json.dumps({**TINY, "hidden_size": -1}, indent=1).encode(), "line 3, column 2: hidden_s"),
     ],
 )
@@ -221,9 +221,9 @@ def test_bad_files(tmp_path: Path, data: bytes, message: str) -> None:
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(PipelineConfigError, match=r"config\.json' is no file"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json: no such file: give the path of a"):
         ModelShape.from_config(tmp_path)
-    with pytest.raises(PipelineConfigError, match=r"^'[^']*' is no file"):
+    with pytest.raises(PipelineConfigError, match="^/dev/zero is no regular file"):
         ModelShape.from_config("/dev/zero")
     with pytest.raises(PipelineConfigError, match="source is a list"):
         ModelShape.from_config([])  # type: ignore[arg-type]

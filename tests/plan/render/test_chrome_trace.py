@@ -170,7 +170,7 @@ def changed(**changes: Any) -> dict[str, Any]:
             },
             "takes no time",
         ),
-        (changed(action="0Q0"), r"traceEvents\[\d+\].args.action: '0Q0' is not"),
+        (changed(action="0Q0"), r"traceEvents\[\d+\].args.action is no action: '0Q0' is not"),
         (changed(action=""), "must be an action"),
         (changed(action="0" * 5000 + "F0"), "must be an action"),
         (changed(action="0UNSHARD"), "neither a computation nor a send"),
