@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 for a run that failed, or a model whose pipeline is not exact; 2 for
-        options that cannot work; 3 for a model that is refused; 130 for Ctrl-C.
+        options that cannot work, such as the path of a file that is not there; 3 for a model that
+        is refused; 130 for Ctrl-C.
     """
     given = _parser().parse_args(arguments)
     command: str = given.command
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return _end(command, _INTERRUPTED, "interrupted")
-    except (PipelineConfigError, OverflowError) as error:  # the latter: sizes beyond the core's
+    except (PipelineConfigError, FileNotFoundError, OverflowError) as error:
+        # Missing files are those that the caller named; sizes overflow that are beyond the core's.
         return _end(command, _BAD_OPTIONS, f"error: {error}")
     except (TrainingError, OSError) as error:  # such as a full disk
         return _end(command, _FAILED, f"error: {error}")

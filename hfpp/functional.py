@@ -649,6 +649,7 @@ def pipeline_model(
         plan: A plan that `hfpp plan --out` wrote, or a `PipelinePlan`: it sets the schedule, the
             partition, the batch sizes and the sequence length. What is given beside it must agree,
             and so must the model and the pipeline's, tensor and context parallel sizes of the mesh.
+            Another number of replicas than planned is a warning: each runs the planned pipeline.
         partition: Where to cut, in any spelling of `hfpp.plan.partitioning.grammar`: "uniform",
             "balanced" (the slowest rank as fast as can be), "7,8,9,8", "Et*3|(t*4|)*2tL" and
             others; None cuts uniformly. Counts and layouts say how many stages there are.

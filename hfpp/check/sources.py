@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import json
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from hfpp.errors import PipelineConfigError
+from hfpp.plan.model.config import read_config_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -149,14 +149,12 @@ def _from_files(path: Path, *, trust_remote_code: bool) -> Source:
 
     file = path / "config.json" if path.is_dir() else path
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
+        values = read_config_file(file).value
+    except FileNotFoundError:
         raise PipelineConfigError(
-            f"{str(path)!r} has no readable config.json ({error.strerror}): give the path of a "
+            f"{str(path)!r} has no readable config.json (no such file): give the path of a "
             f"config.json, a local folder with one, or 'module:function'."
         ) from None
-    except ValueError as error:
-        raise PipelineConfigError(f"{str(file)!r} is not JSON: {error}.") from None
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise PipelineConfigError(
             f"{str(file)!r} names no model_type: give the config of a transformers model."

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from hfpp.commands.option_values import integer, integers
+
 __all__ = ["add_to", "run"]
 
 _DEFAULT = " (default: %(default)s)"  # argparse fills it in
@@ -23,10 +25,6 @@ def run(given: argparse.Namespace) -> int:
         as_json=given.json,
     )
     return {"exact": 0, "refused": _REFUSED}.get(report.result, _FAILED)
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    return tuple(int(size) for size in text.split(","))
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -57,14 +55,14 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     add(
         "--pp",
-        type=_sizes,
+        type=integers,
         metavar="N[,N...]",
         default=(2, 4),
         help="numbers of stages to check (default: 2,4)",
     )
     add(
         "--tokens",
-        type=int,
+        type=integer,
         metavar="N",
         default=21,
         help="tokens per sequence; a small model is compared with at most 32, and the cuts are "

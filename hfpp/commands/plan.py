@@ -10,11 +10,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfpp.commands.option_values import columns, integer, integers, names
+from hfpp.commands.output_files import check_outputs
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.pipeline_plan import RECOMPUTE
 from hfpp.plan.schedules.schedule import SCHEDULES
 
 if TYPE_CHECKING:
+    from hfpp.plan.costs import ModelCosts
     from hfpp.plan.search.candidates import PlanRequest
     from hfpp.plan.search.cluster import Cluster
     from hfpp.plan.search.cost_sources import Measured
@@ -30,9 +33,13 @@ def run(given: argparse.Namespace) -> int:
     from hfpp.plan.model.shape import ModelShape
     from hfpp.plan.search.planner import find_plans
 
-    shape = ModelShape.from_config(given.config)
+    _check_files(given)
     try:
         cluster, request = _cluster(given), _request(given)
+    except PipelineConfigError as error:
+        raise PipelineConfigError(_as_options(str(error))) from None
+    shape = ModelShape.from_config(given.config, dtype=given.dtype)
+    try:
         plans = find_plans(shape, cluster, request, measured=_measured(given))
     except PipelineConfigError as error:
         raise PipelineConfigError(_as_options(str(error))) from None
@@ -46,6 +53,14 @@ def run(given: argparse.Namespace) -> int:
     for path in written:
         sys.stderr.write(f"{path} written\n")
     return 0
+
+
+def _check_files(given: argparse.Namespace) -> None:
+    config = Path(given.config)
+    check_outputs(
+        {"--out": given.out, "--csv": given.csv, "--html": given.html},
+        inputs=[config, config / "config.json", *(given.costs or ())],
+    )
 
 
 def _cluster(given: argparse.Namespace) -> Cluster:
@@ -93,9 +108,13 @@ def _measured(given: argparse.Namespace) -> Measured | None:
         return None
     from hfpp.plan.costs_file import read_costs_file
 
-    found = {}
+    found: dict[int, ModelCosts] = {}
+    files: dict[int, str] = {}
     for path in given.costs:
-        costs, about = read_costs_file(path)
+        try:
+            costs, about = read_costs_file(path)
+        except (PipelineConfigError, FileNotFoundError) as error:
+            raise PipelineConfigError(f"--costs: {error}") from None
         size, seq_len = about.get("microbatch_size"), about.get("seq_len")
         if type(size) is not int or seq_len != given.seq_len:
             raise PipelineConfigError(
@@ -103,7 +122,12 @@ def _measured(given: argparse.Namespace) -> Measured | None:
                 f"{seq_len}, and not for sequences of --seq-len ({given.seq_len}): measure with "
                 f"hfpp profile --seq-len {given.seq_len}"
             )
-        found[size] = costs
+        if size in found:
+            raise PipelineConfigError(
+                f"--costs: {files[size]} and {path} are both of --microbatch-size {size}: give one "
+                "of them"
+            )
+        found[size], files[size] = costs, path
     return found
 
 
@@ -185,14 +209,6 @@ def _write(given: argparse.Namespace, plans: list[RankedPlan], cluster: Cluster)
     return written
 
 
-def _sizes(text: str) -> tuple[int, ...]:
-    return tuple(int(size) for size in text.split(","))
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(","))
-
-
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command and its options."""
     plan = commands.add_parser(
@@ -211,7 +227,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     add("config", metavar="CONFIG", help="a model's config.json, or a folder with one")
     cluster = plan.add_argument_group("cluster")
     cluster.add_argument(
-        "--gpus", type=int, metavar="N", required=True, help="devices of the whole job"
+        "--gpus", type=integer, metavar="N", required=True, help="devices of the whole job"
     )
     cluster.add_argument(
         "--hardware",
@@ -226,7 +242,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         ("network-bandwidth", "RATE", "of a device to other nodes, one way, such as 50GB/s"),
     ):
         cluster.add_argument(f"--{name}", metavar=metavar, help=text)
-    cluster.add_argument("--gpus-per-node", type=int, metavar="N", help="devices of a node")
+    cluster.add_argument("--gpus-per-node", type=integer, metavar="N", help="devices of a node")
     job = plan.add_argument_group("job")
     for name, default, text in (
         ("global-batch", 2048, "sequences of a step, over all replicas"),
@@ -235,7 +251,9 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         ("cp", 1, "ranks that share every sequence"),
         ("ep", 1, "ranks that share the experts, among the replicas"),
     ):
-        job.add_argument(f"--{name}", type=int, metavar="N", default=default, help=text + _DEFAULT)
+        job.add_argument(
+            f"--{name}", type=integer, metavar="N", default=default, help=text + _DEFAULT
+        )
     job.add_argument(
         "--sharding",
         choices=("none", "optimizer"),
@@ -245,26 +263,28 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     job.add_argument("--dtype", metavar="NAME", help="of weights (default: the config's)")
     job.add_argument(
         "--costs",
-        type=_names,
+        type=names,
         metavar="FILE[,FILE]",
         help="costs that hfpp profile measured on one such device, a file per microbatch size",
     )
     choices = plan.add_argument_group("choices, comma-separated (default: all that fit)")
     choices.add_argument(
-        "--schedule", type=_names, metavar="NAME", default=(), help=", ".join(SCHEDULES)
+        "--schedule", type=names, metavar="NAME", default=(), help=", ".join(SCHEDULES)
     )
     for name, text in (
         ("pp", "ranks of a pipeline"),
         ("stages-per-rank", "virtual stages"),
         ("microbatch-size", "sequences of a microbatch"),
     ):
-        choices.add_argument(f"--{name}", type=_sizes, metavar="N", default=(), help=text)
+        choices.add_argument(f"--{name}", type=integers, metavar="N", default=(), help=text)
     choices.add_argument(
-        "--recompute", type=_names, metavar="KIND", default=(), help=", ".join(RECOMPUTE)
+        "--recompute", type=names, metavar="KIND", default=(), help=", ".join(RECOMPUTE)
     )
     output = plan.add_argument_group("output")
-    output.add_argument("--top", type=int, metavar="N", default=10, help=f"plans to show{_DEFAULT}")
-    output.add_argument("--width", type=int, metavar="COLUMNS", help="of the table")
+    output.add_argument(
+        "--top", type=integer, metavar="N", default=10, help=f"plans to show{_DEFAULT}"
+    )
+    output.add_argument("--width", type=columns, metavar="COLUMNS", help="of the table")
     output.add_argument("--json", action="store_true", help="print JSON instead of a table")
     output.add_argument(
         "--out",

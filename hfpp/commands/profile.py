@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hfpp import _core
+from hfpp.commands.option_values import integer
+from hfpp.commands.output_files import check_outputs
+
 __all__ = ["add_to", "run"]
 
 _DEFAULT = " (default: %(default)s)"  # argparse fills it in
@@ -12,7 +16,10 @@ _DEFAULT = " (default: %(default)s)"  # argparse fills it in
 
 def run(given: argparse.Namespace) -> int:
     """Times, prints and writes."""
-    from hfpp.profile.command import profile_and_write
+    for name in ("microbatch_size", "seq_len", "repeats"):
+        _core.checked_integer(f"--{name.replace('_', '-')}", getattr(given, name), minimum=1)
+    check_outputs({"--out": given.out}, inputs=[given.model])
+    from hfpp.profile.command import profile_and_write  # only now: it loads torch
 
     profile_and_write(
         given.model,
@@ -49,19 +56,19 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     add(
         "--microbatch-size",
-        type=int,
+        type=integer,
         metavar="N",
         default=1,
         help=f"sequences per microbatch{_DEFAULT}",
     )
-    add("--seq-len", type=int, metavar="N", default=1024, help=f"tokens per sequence{_DEFAULT}")
+    add("--seq-len", type=integer, metavar="N", default=1024, help=f"tokens per sequence{_DEFAULT}")
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16", "float64"),
         help="of weights and activations (default: the config's)",
     )
     add("--device", metavar="NAME", help="such as cuda:1 (default: a GPU if there is one)")
-    add("--repeats", type=int, metavar="N", default=10, help=f"runs of each part{_DEFAULT}")
+    add("--repeats", type=integer, metavar="N", default=10, help=f"runs of each part{_DEFAULT}")
     add(
         "--out",
         type=Path,

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hfpp.commands.option_values import columns, integer, number
+from hfpp.commands.output_files import check_outputs
 from hfpp.errors import PipelineConfigError
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_to", "run"]
 
+_MOST = 1e100  # of a time, so that a schedule of them takes a finite one
+_MOST_BYTES = 1 << 50
 _DEFAULT = " (default: %(default)s)"  # argparse fills it in
 
 
@@ -26,6 +30,8 @@ def run(given: argparse.Namespace) -> int:
     from hfpp.plan.render.subject import find_subject
     from hfpp.plan.render.svg import comparison_svg, timeline_svg
 
+    inputs = [path for path in (given.what, given.against, given.costs) if path]
+    check_outputs({"--svg": given.svg, "--trace": given.trace}, inputs=inputs)
     subject = find_subject(
         given.what, pp=given.pp, microbatches=given.microbatches, per_rank=given.stages_per_rank
     )
@@ -62,23 +68,21 @@ def _costing(given: argparse.Namespace) -> Costing:
     from hfpp.plan.render.subject import Costing
     from hfpp.plan.schedules.simulate import Link
 
+    _check_numbers(given)
     if given.partition is not None and given.costs is None:
         raise PipelineConfigError(
             f"--partition ({given.partition}) says which layers of the model a stage has, but "
             "there is no model: give its --costs too"
         )
-    times = None
-    if given.forward is not None or given.backward is not None or given.weight is not None:
-        if given.costs is not None:
-            raise PipelineConfigError(
-                f"--costs ({given.costs}) has the times of every layer: leave out --forward, "
-                "--backward and --weight"
-            )
-        forward = 1.0 if given.forward is None else given.forward
-        times = (forward, 2 * forward if given.backward is None else given.backward, given.weight)
+    model = None
+    if given.costs is not None:
+        try:
+            model = read_costs(given.costs)
+        except (PipelineConfigError, FileNotFoundError) as error:
+            raise PipelineConfigError(f"--costs: {error}") from None
     return Costing(
-        times=times,
-        model=None if given.costs is None else read_costs(given.costs),
+        times=_times(given),
+        model=model,
         partition=None
         if given.partition is None
         else parse_partition(given.partition, argument="--partition"),
@@ -86,6 +90,46 @@ def _costing(given: argparse.Namespace) -> Costing:
         boundary_bytes=given.boundary_bytes,
         overlap=not given.no_overlap,
     )
+
+
+def _check_numbers(given: argparse.Namespace) -> None:
+    """Numbers of which a picture can be drawn; each is refused under its own option."""
+    for name in ("forward", "backward", "weight", "latency"):
+        value = getattr(given, name)
+        if value is not None and not 0 <= value <= _MOST:  # nor is NaN
+            raise PipelineConfigError(
+                f"--{name} ({value}) must be a number from 0 to {_MOST:g}: use --{name} 1"
+            )
+    if not given.bandwidth >= 1 / _MOST:
+        raise PipelineConfigError(
+            f"--bandwidth ({given.bandwidth}) must be a number from {1 / _MOST:g}: leave it out "
+            "where the size of messages does not matter"
+        )
+    size = given.boundary_bytes
+    if size is not None and not 0 <= size <= _MOST_BYTES:
+        shown = size if abs(size) < 1 << 64 else "a number of more than 64 bits"
+        raise PipelineConfigError(
+            f"--boundary-bytes ({shown}) must be an integer from 0 to {_MOST_BYTES}: leave it out "
+            "where messages take no time"
+        )
+
+
+def _times(given: argparse.Namespace) -> tuple[float, float, float | None] | None:
+    if given.forward is None and given.backward is None and given.weight is None:
+        return None
+    if given.costs is not None:
+        raise PipelineConfigError(
+            f"--costs ({given.costs}) has the times of every layer: leave out --forward, "
+            "--backward and --weight"
+        )
+    forward = 1.0 if given.forward is None else given.forward
+    backward = 2 * forward if given.backward is None else given.backward
+    if given.weight is not None and given.weight > backward:
+        raise PipelineConfigError(
+            f"--weight ({given.weight}) must be at most --backward ({backward}), which it is a "
+            "part of: leave it out for a half of it"
+        )
+    return forward, backward, given.weight
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -114,13 +158,13 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         ("microbatches", "microbatches, likewise (default: 8)"),
         ("stages-per-rank", "stages on each rank, likewise (default: the schedule's, or 2)"),
     ):
-        add(f"--{name}", type=int, metavar="N", help=text)
+        add(f"--{name}", type=integer, metavar="N", help=text)
     for name, text in (
         ("forward", "time of a stage's forward (default: 1)"),
         ("backward", "time of a stage's backward (default: twice the forward)"),
         ("weight", "the part of it that makes the weights' gradients (default: half)"),
     ):
-        add(f"--{name}", type=float, metavar="TIME", help=text)
+        add(f"--{name}", type=number, metavar="TIME", help=text)
     add(
         "--costs",
         type=Path,
@@ -135,21 +179,21 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     add(
         "--latency",
-        type=float,
+        type=number,
         metavar="TIME",
         default=0.0,
         help=f"of every message, in the unit of the costs{_DEFAULT}",
     )
     add(
         "--bandwidth",
-        type=float,
+        type=number,
         metavar="BYTES",
         default=math.inf,
         help=f"between two ranks, bytes per unit of time{_DEFAULT}",
     )
     add(
         "--boundary-bytes",
-        type=int,
+        type=integer,
         metavar="BYTES",
         help="of one microbatch that cross from stage to stage (default: as --costs has it, else "
         "0)",
@@ -170,10 +214,10 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     add(
         "--step",
-        type=int,
+        type=integer,
         metavar="N",
         help="which step of a recorded run (default: the one whose time is the median)",
     )
     add("--svg", type=Path, metavar="FILE", help="draw into an SVG file too")
     add("--trace", type=Path, metavar="FILE", help="write a trace (JSON) too")
-    add("--width", type=int, metavar="COLUMNS", help="of the drawing (default: the terminal's)")
+    add("--width", type=columns, metavar="COLUMNS", help="of the drawing (default: the terminal's)")

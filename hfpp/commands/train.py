@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hfpp.commands.option_values import integer, number
 from hfpp.plan.schedules.schedule import SCHEDULES
 from hfpp.train.options import RunDtype, TrainOptions
 
@@ -74,7 +75,9 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         default=usual.text,
         help="UTF-8 text to train on (default: the prose of Python's pydoc_data.topics)",
     )
-    add("--pp", type=int, metavar="N", default=usual.pp, help=f"ranks of the pipeline{_DEFAULT}")
+    add(
+        "--pp", type=integer, metavar="N", default=usual.pp, help=f"ranks of the pipeline{_DEFAULT}"
+    )
     add(
         "--schedule",
         metavar="NAME",
@@ -106,17 +109,17 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         ("seed", "of the weights and of the order of the data"),
     ):
         default = getattr(usual, name.replace("-", "_"))
-        add(f"--{name}", type=int, metavar="N", default=default, help=text + _DEFAULT)
+        add(f"--{name}", type=integer, metavar="N", default=default, help=text + _DEFAULT)
     add(
         "--lr",
-        type=float,
+        type=number,
         metavar="X",
         default=usual.lr,
         help=f"peak learning rate of AdamW{_DEFAULT}",
     )
     add(
         "--max-grad-norm",
-        type=float,
+        type=number,
         metavar="X",
         default=usual.max_grad_norm,
         help=f"clip all gradients together to this norm; 0 does not clip{_DEFAULT}",
@@ -147,7 +150,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     )
     add(
         "--trace",
-        type=int,
+        type=integer,
         metavar="N",
         nargs="?",
         const=_TRACED,

@@ -32,7 +32,9 @@ class JsonValue:
 
     __slots__ = ("_document", "_steps", "value")
 
-    def __init__(self, document: JsonDocument, value: Any = _ROOT, steps: Sequence[Step] = ()):
+    def __init__(
+        self, document: JsonDocument, value: Any = _ROOT, steps: Sequence[Step] = ()
+    ) -> None:
         self.value = document.value if value is _ROOT else value
         self._document = document
         self._steps = steps

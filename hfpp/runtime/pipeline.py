@@ -113,6 +113,7 @@ def pipeline_model(
                 model,
                 world_mesh,
                 axes={"pp": pp_axis_name, "tp": tp_axis_name, "cp": cp_axis_name},
+                dp_axis_names=dp_axis_names,
                 given={
                     "pipeline_parallel_schedule": pipeline_parallel_schedule,
                     "pipeline_parallel_schedule_csv": pipeline_parallel_schedule_csv,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import math
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from hfpp.plan.schedules.actions import ScheduleTable
+
+logger = logging.getLogger(__name__)
 
 _SWITCHES = ("activation", "gradient")  # transformers' names of checkpointing, newer first
 
@@ -55,6 +59,7 @@ def follow_plan(
     mesh: DeviceMesh,
     *,
     axes: Mapping[str, str | None],
+    dp_axis_names: Sequence[str],
     given: Mapping[str, Any],
     is_parallelized: bool,
 ) -> Planned:
@@ -65,6 +70,7 @@ def follow_plan(
         model: the whole live model.
         mesh: of the job.
         axes: names of its axes for pp, tp and cp.
+        dp_axis_names: of its axes for replicas, as far as it has them.
         given: what the caller said himself, by argument; None where he did not.
         is_parallelized: whether the caller changes the stages once they are made.
 
@@ -76,6 +82,7 @@ def follow_plan(
     name = "the plan" if isinstance(plan, PipelinePlan) else f"the plan {plan}"
     plan = plan if isinstance(plan, PipelinePlan) else read_plan(plan)
     differences = _in_mesh(plan, mesh, axes)
+    _warn_of_replicas(plan, name, mesh, axes, dp_axis_names)
     anatomy = find_anatomy(model)
     live = fingerprint_of(model, anatomy.num_layers)
     if unlike := plan.model.differences(live):
@@ -145,6 +152,39 @@ def _in_mesh(plan: PipelinePlan, mesh: DeviceMesh, axes: Mapping[str, str | None
         if size != planned:
             found.append(f"world_mesh has {way} size {size} instead of {planned}")
     return found
+
+
+def _warn_of_replicas(
+    plan: PipelinePlan,
+    name: str,
+    mesh: DeviceMesh,
+    axes: Mapping[str, str | None],
+    dp_axis_names: Sequence[str],
+) -> None:
+    """Says, once, that predictions for other replicas do not hold.
+
+    It is no error: each replica's pipeline is the planned one, and to try it on one replica is how
+    a plan for thousands of ranks is first run. A plan without a prediction promises nothing.
+    """
+    names = [axis for axis in dp_axis_names if axis not in axes.values()]
+    is_known = names and set(names) <= set(mesh.mesh_dim_names or ())  # flattened axes are not
+    if plan.prediction is None or not is_known:
+        return
+    planned, live = plan.parallel.dp, math.prod(mesh[axis].size() for axis in names)
+    if planned != live and mesh.get_rank() == int(mesh.mesh.min()):
+        logger.warning(
+            "%s counts on dp %d, but world_mesh has dp size %d (%s): a step has %d sequences "
+            "instead of %d, and where replicas divide the optimizer's states, a rank holds %.3g "
+            "times what was predicted. Plan with --gpus %d for predictions that hold here.",
+            name,
+            planned,
+            live,
+            ", ".join(names),
+            plan.local_batch_size * live,
+            plan.local_batch_size * planned,
+            planned / live,
+            plan.pp_size * plan.parallel.tp * plan.parallel.cp * live,
+        )
 
 
 def _check_recompute(

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hfpp.errors import PipelineConfigError
+from hfpp.plan.model.config import read_config_file
 from hfpp.train.errors import OptionError
 
 if TYPE_CHECKING:
@@ -57,16 +59,15 @@ def read_model_folder(folder: Path) -> ModelFolder:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        config = read_config_file(folder / "config.json").value
+    except FileNotFoundError:
         raise OptionError(
-            f"--model ({folder}) has no readable config.json ({error.strerror}): give a local "
+            f"--model ({folder}) has no readable config.json (no such file): give a local "
             "folder that holds a model's configuration, with or without its safetensors."
         ) from None
-    except ValueError as error:
-        raise OptionError(f"--model ({folder}): config.json is not JSON: {error}.") from None
+    except PipelineConfigError as error:
+        raise OptionError(f"--model: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise OptionError(
             f"--model ({folder}): config.json names no model_type: give the configuration of a "

@@ -126,7 +126,7 @@ def test_what_the_user_got_wrong_is_one_line(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not JSON"),
+        ("{", "config.json, line 1, column 2: not JSON"),
         ("{}", "names no model_type"),
         ('{"model_type": "nobody_knows"}', "transformers makes no config"),
     ],

@@ -199,7 +199,7 @@ def test_text_that_cannot_be_used(tmp_path, scratch):
     ("config", "message"),
     [
         (None, "has no readable config.json"),
-        ("{", "config.json is not JSON"),
+        ("{", r"--model: .*config\.json, line 1, column 2: not JSON"),
         ("[]", "names no model_type"),
         ('{"hidden_size": 4}', "names no model_type"),
         (json.dumps({**LLAMA, "num_hidden_layers": 3}), "the model has 3 layers"),

@@ -84,7 +84,7 @@ def model_costs(
     work = Workload(
         microbatch_size=microbatch_size,
         seq_len=seq_len,
-        dtype=dtype or shape.dtype or "bfloat16",
+        dtype=(shape.dtype or "bfloat16") if dtype is None else dtype,
         tp=tp,
         ep=ep,
         cp=cp,

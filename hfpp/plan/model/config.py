@@ -250,7 +250,7 @@ def _config(values: Mapping[str, Any], document: JsonDocument | None) -> ModelCo
     config = ModelConfig(values, _kind(values), document)
     kind = values.get("model_type")
     if kind is not None and not isinstance(kind, str):
-        config.fail("model_type", f"is {_shown(kind)}: it must be a name, such as \"llama\"")
+        config.fail("model_type", f'is {_shown(kind)}: it must be a name, such as "llama"')
     return config
 
 

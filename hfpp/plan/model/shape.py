@@ -10,6 +10,7 @@ from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from hfpp.errors import PipelineConfigError
 from hfpp.plan.model.config import ModelConfig, read_config
 from hfpp.plan.model.family import Family, count_of, holds
 from hfpp.plan.model.layer_kinds import LayerKind, layer_kinds
@@ -94,6 +95,11 @@ class ModelShape:
             >>> f"{shape.parameters:,}"
             '405,853,388,800'
         """
+        if dtype is not None and dtype not in _DTYPES:
+            raise PipelineConfigError(
+                f"dtype ({dtype!r}) must be one of {', '.join(sorted(_DTYPES))}: use dtype=None "
+                "for the config's"
+            )
         return _read(cls, read_config(source), dtype)
 
     @cached_property
@@ -165,14 +171,14 @@ def _read(cls: type[ModelShape], config: ModelConfig, dtype: str | None) -> Mode
         norm=family.norm,
         has_final_norm=final,
         has_logit_softcap=config.has("final_logit_softcapping", "logits_soft_cap"),
-        dtype=_dtype(config) or _dtype(outer) if dtype is None else dtype,
+        dtype=dtype or _dtype(config) or _dtype(outer),
         is_known=is_known,
         not_counted=encoders,
     )
 
 
 def _dtype(config: ModelConfig) -> str | None:
-    """torch's name of the config's dtype; None where it has none."""
+    """Torch's name of the config's dtype; None where it has none."""
     for key in ("dtype", "torch_dtype"):
         value = config.values.get(key)
         if value is None or value == "auto":

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from hfpp.errors import PipelineConfigError
-from hfpp.plan.render.timeline import Bar, Kept, Timeline, Transfer
+from hfpp.plan.render.timeline import LEAST_TIME, Bar, Kept, Timeline, Transfer
 from hfpp.plan.schedules.actions import ActionKind
 from hfpp.plan.schedules.simulate import Link, simulate
 
@@ -74,10 +74,10 @@ def simulated_timeline(
             f"{step.table.name}: the costs and latencies add up to no finite time: give smaller "
             "ones, such as forward=1 and latency=0"
         )
-    if not step.step_time:
+    if step.step_time < LEAST_TIME:
         raise PipelineConfigError(
-            f"{step.table.name}: the costs are 0 for every action: a picture needs some that is "
-            "more, such as forward=1"
+            f"{step.table.name}: the costs are 0 for every action, or as good as 0: a picture "
+            "needs some that is more, such as forward=1"
         )
     size = step.table.pp_size
     shown = min(size, _MOST_RANKS)

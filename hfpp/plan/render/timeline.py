@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
     from hfpp.plan.schedules.actions import Action
 
-__all__ = ["Bar", "Kept", "Level", "Timeline", "Transfer"]
+__all__ = ["LEAST_TIME", "Bar", "Kept", "Level", "Timeline", "Transfer"]
+
+LEAST_TIME = 1e-100
+"""Of a picture; within less, numbers are so close to 0 that they cannot be divided by."""
 
 _F, _B = ActionKind.FORWARD, ActionKind.FULL_BACKWARD
 _I, _W = ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.render.axis import one_line
 from hfpp.plan.render.chrome_trace import FORMAT, Take
-from hfpp.plan.render.timeline import Bar, Timeline, Transfer
+from hfpp.plan.render.timeline import LEAST_TIME, Bar, Timeline, Transfer
 from hfpp.plan.schedules.actions import Action, ActionKind, parse_action
 from hfpp.plan.strict_json import JsonValue, read_json_file
 
@@ -114,7 +114,8 @@ class _Reader:
                 f"to {len(rows) - 1}"
             )
         start = min(bar.start for bars in rows.values() for bar in bars)
-        if not any(bar.end > start for bars in rows.values() for bar in bars):
+        end = max(bar.end for bars in rows.values() for bar in bars)
+        if (end - start) * self._scale < LEAST_TIME:
             self._refuse(f"has a step {step} that takes no time")
         ordered = [sorted(rows[rank], key=lambda bar: bar.start) for rank in range(len(rows))]
         transfers = self._transfers.get((label, step), [])

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from hfpp import _core
+from hfpp.errors import PipelineConfigError
 from hfpp.plan.schedules.actions import ScheduleTable
 
 if TYPE_CHECKING:
     import os
 
-__all__ = ["read_csv", "write_csv"]
+__all__ = ["open_schedule", "printable", "read_csv", "write_csv"]
 
 
 def read_csv(path: str | os.PathLike[str]) -> ScheduleTable:
@@ -25,11 +26,12 @@ def read_csv(path: str | os.PathLike[str]) -> ScheduleTable:
 
     Raises:
         FileNotFoundError: no such file.
-        PipelineConfigError: not a schedule; the message names the line and the character, both
-            from 1, and for an action its rank and column, both from 0, and its text.
+        PipelineConfigError: no file, or not a schedule; the message names the line and the
+            character, both from 1, and for an action its rank and column, both from 0, and its
+            text.
     """
     path = Path(path)
-    with path.open("rb") as file:
+    with open_schedule(path) as file:
         return ScheduleTable(_core.read_csv(printable(path), file.read))
 
 
@@ -38,6 +40,22 @@ def write_csv(table: ScheduleTable, path: str | os.PathLike[str]) -> None:
     with Path(path).open("wb") as file:
         for rank in range(table.pp_size):
             file.write(_core.csv_line(table.native, rank))
+
+
+def open_schedule(path: Path) -> BinaryIO:
+    """A schedule file, to read.
+
+    Raises:
+        FileNotFoundError: no such file.
+        PipelineConfigError: it cannot be read.
+    """
+    name, remedy = printable(path), "give the path of a schedule file"
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: no such file: {remedy}") from None
+    except OSError as error:  # such as a folder
+        raise PipelineConfigError(f"{name} cannot be read ({error.strerror}): {remedy}") from None
 
 
 def printable(path: Path) -> str:

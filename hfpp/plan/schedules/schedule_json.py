@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from hfpp import _core
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.schedules.actions import ScheduleTable
-from hfpp.plan.schedules.schedule_csv import printable
+from hfpp.plan.schedules.schedule_csv import open_schedule, printable
 
 if TYPE_CHECKING:
     import os
@@ -40,8 +40,9 @@ def read_json(path: str | os.PathLike[str]) -> ScheduleTable:
 
     Raises:
         FileNotFoundError: no such file.
-        PipelineConfigError: not such a file; the message names the line and the character, both
-            from 1, and for an action its rank and column, both from 0, and its text.
+        PipelineConfigError: no file, or not such a one; the message names the line and the
+            character, both from 1, and for an action its rank and column, both from 0, and its
+            text.
     """
     return ScheduleTable(_read(path)[0])
 
@@ -59,7 +60,7 @@ def read_json_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _read(path: str | os.PathLike[str]) -> tuple[_core.Schedule, str]:
     path = Path(path)
-    with path.open("rb") as file:
+    with open_schedule(path) as file:
         return _core.read_json(printable(path), file.read)
 
 

@@ -84,12 +84,17 @@ def uniform_costs(
         weight_bytes: bytes kept from the inputs' to the weights' part of a split backward.
 
     Raises:
-        PipelineConfigError: a time is negative, or weight is more than backward.
+        PipelineConfigError: a time is negative or not finite, or weight is more than backward.
 
     Example:
         >>> uniform_costs(4, forward=1.0, backward=2.0)[3].backward_weight
         1.0
     """
+    for name, value in (("forward", forward), ("backward", backward)):
+        if not (value >= 0 and math.isfinite(value)):
+            raise PipelineConfigError(
+                f"{name} ({value}) must be a finite number that is not negative: use {name}=1"
+            )
     weight = backward / 2 if weight is None else weight
     if not 0 <= weight <= backward:
         raise PipelineConfigError(

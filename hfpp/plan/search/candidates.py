@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from hfpp.errors import PipelineConfigError
+from hfpp.plan.estimates.workload import DTYPE_BYTES
 from hfpp.plan.pipeline_plan import RECOMPUTE, ParallelSizes, Recompute
 from hfpp.plan.placement import stage_ids_by_rank
 from hfpp.plan.schedules.schedule import SCHEDULES, ScheduleSpec, check_microbatches, find_schedule
@@ -75,6 +76,11 @@ class PlanRequest:
                 )
         for name in self.schedules:
             find_schedule(name, argument="schedule")
+        if self.dtype is not None and self.dtype not in DTYPE_BYTES:
+            raise PipelineConfigError(
+                f"dtype ({self.dtype!r}) must be one of {', '.join(DTYPE_BYTES)}: use "
+                "dtype=bfloat16"
+            )
 
     def _check(self, name: str, value: int) -> None:
         if type(value) is not int or not 1 <= value <= 1 << 28:
@@ -247,12 +253,23 @@ def _reason(request: PlanRequest, gpus: int, num_layers: int) -> str:
             f"replicas, gpus ({gpus}) / tp ({request.tp}) / cp ({request.cp}) / pp, and no pp that "
             f"fits makes it one: use global_batch_size={near}"
         )
-    if not list(_worlds(request, gpus, num_layers)):
+    worlds = list(_worlds(request, gpus, num_layers))
+    if not worlds:
         return (
             f"ep ({request.ep}) must divide dp x cp, over whose ranks the experts lie, and that is "
             f"{_listed([gpus // request.tp // size for size in fitting])} for pp "
             f"{_listed(fitting)}: use ep=1"
         )
+    batches = sorted({request.global_batch_size // parallel.dp for _, parallel in worlds})
+    divisors = sorted({size for batch in batches for size in _divisors(batch)})
+    if not _chosen(divisors, request.microbatch_sizes):
+        return (
+            f"microbatch_size ({_listed(request.microbatch_sizes)}) must divide the batch of a "
+            f"pipeline, global_batch_size ({request.global_batch_size}) / dp = {_listed(batches)}: "
+            f"use microbatch_size={_nearest(divisors, request.microbatch_sizes[0])}"
+        )
+    if not any(list(_layouts(request, pp_size, num_layers)) for pp_size, _ in worlds):
+        return _reason_of_stages(request, gpus, num_layers)
     return (
         "no schedule can run: of "
         f"{_listed([spec.name for spec in request.specs])} each asks for stages or microbatches "
@@ -264,6 +281,29 @@ def _reason(request: PlanRequest, gpus: int, num_layers: int) -> str:
             else ""
         )
         + ": leave schedule, stages_per_rank and microbatch_size open, or use a larger batch"
+    )
+
+
+def _reason_of_stages(request: PlanRequest, gpus: int, num_layers: int) -> str:
+    """Why no schedule finds layers for its stages."""
+    names = _listed([spec.name for spec in request.specs])
+    pp_sizes = [pp for pp, _ in _worlds(request, gpus, num_layers)]
+    anywhere = replace(request, stages_per_rank=())
+    possible = sorted({n for pp in pp_sizes for _, n in _layouts(anywhere, pp, num_layers)})
+    if possible:
+        return (
+            f"stages_per_rank ({_listed(request.stages_per_rank)}) must be "
+            f"{_listed(possible)} for {names} with pp {_listed(pp_sizes)} and {num_layers} "
+            f"layers, of which every stage needs one: use stages_per_rank="
+            f"{_nearest(possible, request.stages_per_rank[0])}"
+        )
+    least, wanted = min(pp_sizes), min(spec.stages_per_rank or 2 for spec in request.specs)
+    other = [pp for pp, _ in _worlds(replace(request, pp_sizes=()), gpus, num_layers)]
+    fitting = [pp for pp in other if list(_layouts(request, pp, num_layers))]
+    remedy = f"pp={max(fitting)}" if fitting else "schedule=1F1B"
+    return (
+        f"schedule ({names}) needs {wanted} stages on each rank, which is {least * wanted} with pp "
+        f"{least}, and every stage needs one of the {num_layers} layers: use {remedy}"
     )
 
 

@@ -223,7 +223,7 @@ def test_bad_files(tmp_path: Path, data: bytes, message: str) -> None:
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config\.json: no such file: give the path of a"):
         ModelShape.from_config(tmp_path)
-    with pytest.raises(PipelineConfigError, match="^/dev/zero is no regular file"):
+    with pytest.raises(PipelineConfigError, match=r"^/dev/zero is no regular file"):
         ModelShape.from_config("/dev/zero")
     with pytest.raises(PipelineConfigError, match="source is a list"):
         ModelShape.from_config([])  # type: ignore[arg-type]
