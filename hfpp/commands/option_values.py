@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
-__all__ = ["columns", "integer", "integers", "names", "number"]
+__all__ = ["as_options", "columns", "integer", "integers", "names", "number"]
 
 _Number = TypeVar("_Number", int, float)
 _FEWEST_COLUMNS = 40
@@ -47,6 +48,17 @@ def integers(text: str) -> tuple[int, ...]:
 def names(text: str) -> tuple[str, ...]:
     """Names between commas, each once."""
     return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
+def as_options(message: str, options: Mapping[str, str]) -> str:
+    """A message that names arguments of functions, with the options that they are here.
+
+    Args:
+        message: of an error.
+        options: by argument, without dashes.
+    """
+    named = re.compile(rf"\b({'|'.join(options)})(?==| \(| '| is )")
+    return named.sub(lambda found: f"--{options[found[1]]}", message)
 
 
 def columns(text: str) -> int:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfpp.errors import PipelineConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
-__all__ = ["check_outputs"]
+__all__ = ["check_outputs", "writing"]
 
 
 def check_outputs(outputs: Mapping[str, Path | None], *, inputs: Iterable[str | Path] = ()) -> None:
@@ -41,6 +42,20 @@ def check_outputs(outputs: Mapping[str, Path | None], *, inputs: Iterable[str | 
             raise PipelineConfigError(
                 f"{option} ({path}) is also the file of {other}: give each a path of its own"
             )
+
+
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """Names the option where a file cannot be written after all, such as on a full disk.
+
+    Raises:
+        OSError: with the option, the file and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = f"{option} ({path}) could not be written: {error.strerror}"
+        raise OSError(f"{reason}: make room, or give another path") from None
 
 
 def _check_writable(option: str, path: Path) -> None:

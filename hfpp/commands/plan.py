@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfpp.commands.option_values import columns, integer, integers, names
-from hfpp.commands.output_files import check_outputs
+from hfpp.commands.option_values import as_options, columns, integer, integers, names
+from hfpp.commands.output_files import check_outputs, writing
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.pipeline_plan import RECOMPUTE
 from hfpp.plan.schedules.schedule import SCHEDULES
@@ -37,12 +36,12 @@ def run(given: argparse.Namespace) -> int:
     try:
         cluster, request = _cluster(given), _request(given)
     except PipelineConfigError as error:
-        raise PipelineConfigError(_as_options(str(error))) from None
+        raise PipelineConfigError(as_options(str(error), _OPTIONS)) from None
     shape = ModelShape.from_config(given.config, dtype=given.dtype)
     try:
         plans = find_plans(shape, cluster, request, measured=_measured(given))
     except PipelineConfigError as error:
-        raise PipelineConfigError(_as_options(str(error))) from None
+        raise PipelineConfigError(as_options(str(error), _OPTIONS)) from None
     written = _write(given, plans, cluster)
     if given.json:
         sys.stdout.write(json.dumps(_as_json(plans, cluster, request), indent=1) + "\n")
@@ -160,12 +159,6 @@ _OPTIONS = {
         )
     },
 }
-_NAMED = re.compile(rf"\b({'|'.join(_OPTIONS)})(?==| \(| ')")
-
-
-def _as_options(message: str) -> str:
-    """A message that names arguments of functions, with the options that they are here."""
-    return _NAMED.sub(lambda found: f"--{_OPTIONS[found[1]]}", message)
 
 
 def _as_json(plans: list[RankedPlan], cluster: Cluster, request: PlanRequest) -> dict[str, Any]:
@@ -194,17 +187,20 @@ def _write(given: argparse.Namespace, plans: list[RankedPlan], cluster: Cluster)
     if given.out is not None:
         from hfpp.plan.plan_file import write_plan
 
-        write_plan(plans[0].plan, given.out)
+        with writing("--out", given.out):
+            write_plan(plans[0].plan, given.out)
         written.append(given.out)
     if given.csv is not None:
         from hfpp.plan.schedules.schedule import write_csv
 
-        write_csv(plans[0].plan.table(), given.csv)
+        with writing("--csv", given.csv):
+            write_csv(plans[0].plan.table(), given.csv)
         written.append(given.csv)
     if given.html is not None:
         from hfpp.plan.render.plan_page import plan_page
 
-        given.html.write_text(plan_page(plans, cluster), encoding="utf-8")
+        with writing("--html", given.html):
+            given.html.write_text(plan_page(plans, cluster), encoding="utf-8")
         written.append(given.html)
     return written
 

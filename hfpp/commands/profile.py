@@ -18,7 +18,8 @@ def run(given: argparse.Namespace) -> int:
     """Times, prints and writes."""
     for name in ("microbatch_size", "seq_len", "repeats"):
         _core.checked_integer(f"--{name.replace('_', '-')}", getattr(given, name), minimum=1)
-    check_outputs({"--out": given.out}, inputs=[given.model])
+    model = Path(given.model)
+    check_outputs({"--out": given.out}, inputs=[model, model / "config.json"])
     from hfpp.profile.command import profile_and_write  # only now: it loads torch
 
     profile_and_write(

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfpp.commands.option_values import columns, integer, number
-from hfpp.commands.output_files import check_outputs
+from hfpp.commands.option_values import as_options, columns, integer, number
+from hfpp.commands.output_files import check_outputs, writing
 from hfpp.errors import PipelineConfigError
 
 if TYPE_CHECKING:
@@ -20,6 +20,11 @@ __all__ = ["add_to", "run"]
 
 _MOST = 1e100  # of a time, so that a schedule of them takes a finite one
 _MOST_BYTES = 1 << 50
+_OPTIONS = {
+    "pp_size": "pp",
+    "n_microbatches": "microbatches",
+    "stages_per_rank": "stages-per-rank",
+}
 _DEFAULT = " (default: %(default)s)"  # argparse fills it in
 
 
@@ -32,9 +37,11 @@ def run(given: argparse.Namespace) -> int:
 
     inputs = [path for path in (given.what, given.against, given.costs) if path]
     check_outputs({"--svg": given.svg, "--trace": given.trace}, inputs=inputs)
-    subject = find_subject(
-        given.what, pp=given.pp, microbatches=given.microbatches, per_rank=given.stages_per_rank
-    )
+    sizes = {"pp": given.pp, "microbatches": given.microbatches, "per_rank": given.stages_per_rank}
+    try:
+        subject = find_subject(given.what, **sizes)
+    except PipelineConfigError as error:
+        raise PipelineConfigError(as_options(str(error), _OPTIONS)) from None
     costing = _costing(given)
     if given.against is None:
         if given.step is not None and not subject.takes:
@@ -53,11 +60,13 @@ def run(given: argparse.Namespace) -> int:
         picture = comparison_svg(comparison.planned, comparison.recorded.timeline)
     print_timelines(name, takes, width=given.width)
     if given.svg is not None:
-        given.svg.write_text(picture, encoding="utf-8")
+        with writing("--svg", given.svg):
+            given.svg.write_text(picture, encoding="utf-8")
         sys.stdout.write(f"{given.svg} written\n")
     if given.trace is not None:
         text = json.dumps(chrome_trace(takes), allow_nan=False, separators=(",", ":"))
-        given.trace.write_text(text, encoding="utf-8")
+        with writing("--trace", given.trace):
+            given.trace.write_text(text, encoding="utf-8")
         sys.stdout.write(f"{given.trace} written: open it in ui.perfetto.dev\n")
     return 0
 

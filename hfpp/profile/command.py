@@ -45,7 +45,17 @@ def profile_and_write(
     else:
         with place:
             live = source.build(source.config).to(kind or _configured(source.config))
-    costs = profile_model(live, microbatch_size=microbatch_size, seq_len=seq_len, repeats=repeats)
+    try:
+        costs = profile_model(
+            live, microbatch_size=microbatch_size, seq_len=seq_len, repeats=repeats
+        )
+    except RuntimeError as error:  # on CPUs, memory that is not there is no class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise PipelineConfigError(
+            f"--microbatch-size ({microbatch_size}) with --seq-len ({seq_len}) needs more memory "
+            f"than {place} has: use a smaller one of them"
+        ) from None
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else str(place)
     text = costs_as_json(
         costs,

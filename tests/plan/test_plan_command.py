@@ -229,15 +229,77 @@ def test_measured_costs_are_read_from_files(capsys, config, tmp_path):
         (["--gpus", "99999999999"], "--gpus (99999999999) must be"),
         (["--gpus", "8", "--global-batch", "99999999999"], "--global-batch (99999999999) must"),
         (["--gpus", "8", "--gpus-per-node", "0"], "--gpus-per-node (0) must be positive"),
-        (["--gpus", "8", "--costs", "none.json"], "none.json: no such file"),
+        (["--gpus", "8", "--costs", "none.json"], "--costs: none.json: no such file"),
+        (["--gpus", "8", "--dtype", ""], "--dtype ('') must be one of"),
+        (["--gpus", "8", "--microbatch-size", "3"], "--microbatch-size (3) must divide the batch"),
+        (["--gpus", "8", "--stages-per-rank", "9"], "--stages-per-rank (9) must be 1, 2, 3"),
+        (["--gpus", "8", "--pp", "4", "--schedule", "zbv"], "--schedule (ZBVZeroBubble) needs 2"),
     ],
 )
 def test_wrong_options_are_named_as_they_were_given(capsys, config, arguments, said):
-    code = 1 if "no such file" in said else 2
-    message = printed(capsys, config, *arguments, code=code)
+    message = printed(capsys, config, *arguments, code=2)
     assert message.startswith("hfpp plan: error: ")
     assert said in message
     assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--microbatch-size", "3"],
+        ["--stages-per-rank", "9"],
+        ["--stages-per-rank", "9", "--pp", "4"],
+        ["--pp", "4", "--schedule", "zbv"],
+        ["--pp", "4", "--schedule", "zbv", "--stages-per-rank", "2"],
+        ["--dtype", ""],
+    ],
+)
+def test_following_the_advice_helps(capsys, config, arguments):
+    message = printed(capsys, config, *JOB, *arguments, code=2)
+    option, value = re.search(r"use (--[a-z-]+)=(\S+)$", message).groups()
+    assert printed(capsys, config, *JOB, *arguments, option, value)
+
+
+def test_what_argparse_refuses_is_told_in_words(capsys, config):
+    for option, text, said in (
+        ("--pp", "a", "'a' must be integers between commas, such as 2,4"),
+        ("--pp", "2,", "'2,' must be integers between commas, such as 2,4"),
+        ("--gpus", "8x", "'8x' must be an integer, such as 4"),
+        ("--gpus", "9" * 10_000, "9...' must be an integer, such as 4"),
+        ("--width", "39", "'39' must be columns from 40 to 2000"),
+        ("--width", "1000000000", "'1000000000' must be columns from 40 to 2000"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["plan", config, *JOB, option, text])
+        assert ended.value.code == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message.startswith(f"hfpp plan: error: argument {option}: ")
+        assert said in message
+        assert len(message) < 200
+
+
+def test_a_choice_named_twice_is_one_choice(capsys, config):
+    once = plans_of(capsys, config, *JOB, "--pp", "4", "--schedule", "1f1b")
+    assert plans_of(capsys, config, *JOB, "--pp", "4,4", "--schedule", "1f1b,1f1b") == once
+
+
+def test_two_files_of_costs_of_one_size_are_refused(capsys, config, tmp_path):
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for file in files:
+        file.write_text(costs_as_json(measured(), microbatch_size=1, seq_len=1024))
+    message = printed(capsys, config, *JOB, "--costs", ",".join(map(str, files)), code=2)
+    assert f"{files[0]} and {files[1]} are both of --microbatch-size 1" in message
+
+
+def test_an_unknown_dtype_of_the_config_is_refused_unless_another_is_given(capsys, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**SMALL, "torch_dtype": "float8_e4m3fn"}, indent=1))
+    message = printed(capsys, str(config), *JOB, code=2)
+    assert 'config.json, line 10, column 2: torch_dtype is "float8_e4m3fn"' in message
+    asked = json.loads(printed(capsys, str(config), *JOB, "--dtype", "bfloat16", "--json"))
+    config.write_text(json.dumps(SMALL))
+    same = json.loads(printed(capsys, str(config), *JOB, "--dtype", "bfloat16", "--json"))
+    assert asked == same
 
 
 @pytest.mark.parametrize(
@@ -249,7 +311,9 @@ def test_wrong_options_are_named_as_they_were_given(capsys, config, arguments, s
         (b'{"model_type": "llama"}', "has none of the keys"),
         (json.dumps({**SMALL, "num_hidden_layers": 10**9}).encode(), "num_hidden_layers"),
         (json.dumps({**SMALL, "hidden_size": "big"}).encode(), "hidden_size is"),
-        (b"[" * 200_000, "nested too deep"),
+        (b"[" * 200_000, "line 1, column 257: nested too deep"),
+        (b'{"vocab_size": 9,\n "vocab_size": 8}', 'line 2, column 2: the member "vocab_size"'),
+        (json.dumps({**SMALL, "head_dim": float("nan")}).encode(), "NaN is no JSON number"),
     ],
 )
 def test_configs_that_are_none_are_an_error_with_their_place(capsys, tmp_path, content, said):

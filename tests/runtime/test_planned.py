@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from hfpp import PipelineConfigError
 from hfpp.plan.pipeline_plan import ModelFingerprint, ParallelSizes, PipelinePlan
 from hfpp.plan.plan_file import write_plan
+from hfpp.plan.prediction import MemoryParts, NetworkParts, Prediction, TimeParts
 from hfpp.plan.schedules.schedule import compute_table, find_schedule
 from hfpp.runtime.find_anatomy import find_anatomy
 from hfpp.runtime.planned import fingerprint_of
@@ -161,6 +163,43 @@ def other_plan(rank: int, world_size: int) -> str:
 
 def test_ranks_with_other_plans_are_told():
     assert all("the ranks disagree on plan" in said for said in run_ranks(other_plan, 2))
+
+
+def said_of_replicas(_rank: int, world_size: int, cases: list[Any]) -> list[list[str]]:
+    """The warnings with each plan, and the names of its axes of replicas."""
+    found: list[list[str]] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found[-1].append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("hfpp.runtime.planned").addHandler(handler)
+    mesh = data_and_pipeline_mesh(world_size)
+    for plan, names in cases:
+        found.append([])
+        build(model_of(), mesh, None, **{**UNGIVEN, "plan": plan, "dp_axis_names": names})
+    return found
+
+
+def test_other_replicas_than_planned_are_a_warning_where_the_plan_predicts():
+    costs = Prediction(
+        time=TimeParts(compute=1.0), memory=(MemoryParts(),) * 2, network=NetworkParts(),
+        idle_share=0.0, tokens_per_second=1.0, source="analytic",
+    )  # fmt: skip
+    alone = plan_for(model_of(), prediction=costs)
+    many = replace(alone, parallel=ParallelSizes(dp=64))
+    cases = [
+        (many, ("dp",)),
+        (alone, ("dp",)),
+        (many, ("flattened",)),  # the mesh does not say how many these are
+        (many, ()),
+        (replace(many, prediction=None), ("dp",)),  # nothing is promised
+    ]
+    first, *others = run_ranks(said_of_replicas, 2, args=(cases,))
+    assert others == [[[]] * 5]
+    assert first[1:] == [[]] * 4
+    assert first[0] == [
+        "the plan counts on dp 64, but world_mesh has dp size 1 (dp): a step has 8 sequences "
+        "instead of 512, and where replicas divide the optimizer's states, a rank holds 64 times "
+        "what was predicted. Plan with --gpus 2 for predictions that hold here."
+    ]
 
 
 def recomputing(_rank: int, world_size: int, advice: str) -> str:

@@ -50,7 +50,7 @@ class ModelConfig:
         Raises:
             PipelineConfigError: it is no object.
         """
-        values = self._object(key)
+        values = self.object(key)
         if values is None:
             return None
         kind = _kind(values) or self.model_type
@@ -64,10 +64,15 @@ class ModelConfig:
         """
         values = dict(self.values)
         for key in keys:
-            values = {**(self._object(key) or {}), **values}
+            values = {**(self.object(key) or {}), **values}
         return replace(self, values=values, besides=tuple(keys))
 
-    def _object(self, key: str) -> Mapping[str, Any] | None:
+    def object(self, key: str) -> Mapping[str, Any] | None:
+        """An object; None where there is none of this name.
+
+        Raises:
+            PipelineConfigError: it is something else.
+        """
         value = self.values.get(key)
         if value is None:
             return None
@@ -138,6 +143,21 @@ class ModelConfig:
         if not isinstance(value, bool):
             self.fail(name, f"is {_shown(value)}: it must be true or false")
         return value
+
+    def text(self, *names: str) -> str | None:
+        """The first of these names that is set; None where none is.
+
+        Raises:
+            PipelineConfigError: it is no string.
+        """
+        for name in names:
+            value = self.values.get(name)
+            if value is None:
+                continue
+            if not isinstance(value, str):
+                self.fail(name, f"is {_shown(value)}: it must be a string")
+            return value
+        return None
 
     def listed(self, name: str) -> list[Any] | None:
         """A list, as long as a list of layers may be; None where it is not set.

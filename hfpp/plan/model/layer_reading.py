@@ -106,9 +106,9 @@ def _attention(config: ModelConfig, family: Family, mixer: str, hidden: int) -> 
     elif mixer == "chunked":
         reach = config.integer("attention_chunk_size")
     heads = config.integer(*HEAD_KEYS, maximum=MOST_HEADS)
+    kv_heads = config.optional(*_KV_HEAD_KEYS, maximum=MOST_HEADS)
     if config.has("kv_lora_rank"):
         return _latent_attention(config, family, hidden, heads, reach)
-    kv_heads = config.optional(*_KV_HEAD_KEYS, maximum=MOST_HEADS)
     kv_heads = heads if kv_heads is None or family.is_multi_head else kv_heads
     config.check_multiple(HEAD_KEYS, heads, _KV_HEAD_KEYS, kv_heads)
     dim = config.optional("head_dim", "attention_head_dim")
@@ -202,10 +202,7 @@ def _feed_forward(
 ) -> FeedForward:
     gated = holds(family.gated, config)
     inward = (Linear(hidden, width, bias),) * (2 if gated else 1)
-    activation = next(
-        (str(config.values[key]) for key in _ACTIVATION_KEYS if config.has(key)),
-        "silu" if gated else "gelu",
-    )
+    activation = config.text(*_ACTIVATION_KEYS) or ("silu" if gated else "gelu")
     return FeedForward(
         linears=(*inward, Linear(width, hidden, bias)),
         width=width,

@@ -196,10 +196,11 @@ def _dtype(config: ModelConfig) -> str | None:
 
 
 def _layers(config: ModelConfig, family: Family) -> tuple[LayerShape, ...]:
-    changes = _changes_by_layer(config)
+    kinds = layer_kinds(config, family)
+    changes = _changes_by_layer(config, len(kinds))
     made: dict[tuple[LayerKind, str], LayerShape] = {}
     layers = []
-    for index, kind in enumerate(layer_kinds(config, family)):
+    for index, kind in enumerate(kinds):
         change = changes.get(index, {})
         key = (kind, repr(sorted(change.items())))
         if key not in made:
@@ -211,15 +212,16 @@ def _layers(config: ModelConfig, family: Family) -> tuple[LayerShape, ...]:
     return tuple(layers)
 
 
-def _changes_by_layer(config: ModelConfig) -> dict[int, Mapping[str, Any]]:
+def _changes_by_layer(config: ModelConfig, count: int) -> dict[int, Mapping[str, Any]]:
     """What single layers override, by index."""
     found: dict[int, Mapping[str, Any]] = {}
-    given = config.values.get("per_layer_config")
-    for index, change in (given or {}).items() if isinstance(given, Mapping) else ():
+    for index, change in (config.object("per_layer_config") or {}).items():
         if not (str(index).isdecimal() and len(str(index)) < 7 and isinstance(change, Mapping)):
             config.fail("per_layer_config", "must hold an object by number of layer")
         found[int(index)] = change
     heads = config.listed("num_attention_heads_per_layer")
-    for index, count in enumerate(heads or ()):
-        found[index] = {**found.get(index, {}), "num_attention_heads": count}
+    if heads and len(heads) < count:
+        config.fail("num_attention_heads_per_layer", f"has {len(heads)} entries for {count} layers")
+    for layer, number in enumerate(heads or ()):
+        found[layer] = {**found.get(layer, {}), "num_attention_heads": number}
     return found

@@ -188,6 +188,24 @@ def test_unknown_types_are_read_by_their_keys() -> None:
         ({"layer_types": [1] * 200_000}, "layer_types has 200000 entries: at most"),
         ({"num_experts": 4}, "num_experts_per_tok"),
         ({"num_experts": 4, "num_experts_per_tok": 5}, "more than the number of experts"),
+        (
+            {"num_attention_heads": 3, "hidden_size": 63},
+            "heads is 3: it must be a multiple of n.*2",
+        ),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0: it must be from 1"),
+        ({"num_key_value_heads": -2}, "num_key_value_heads is -2: it must be from 1"),
+        ({"text_config": 3}, "text_config is 3: it must be an object"),
+        ({"text_config": "llama"}, 'text_config is "llama": it must be an object'),
+        ({"model_type": 3}, "model_type is 3: it must be a name"),
+        ({"torch_dtype": "int8"}, 'torch_dtype is "int8": it must be one of bfloat16, float16'),
+        ({"dtype": ["bfloat16"]}, "dtype is no dtype: it must be one of"),
+        ({"hidden_act": 3}, "hidden_act is 3: it must be a string"),
+        ({"per_layer_config": 3}, "per_layer_config is 3: it must be an object"),
+        ({"num_attention_heads_per_layer": [4]}, "has 1 entries for 4 layers"),
+        (
+            {"model_type": "dbrx", "kv_n_heads": 2, "attn_config": 7},
+            "attn_config is 7: it must be an object",
+        ),
         ({"model_type": "bert"}, "an encoder's layers.*hfpp profile"),
         ({"model_type": "mistral", "num_key_value_heads": ...}, "num_key_value_heads"),
         ({"per_layer_config": {"first": {}}}, "per_layer_config must hold an object by number"),
@@ -232,6 +250,57 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         file.truncate(65 << 20)
     with pytest.raises(PipelineConfigError, match="larger than 64 MiB"):
         ModelShape.from_config(large)
+
+
+def test_the_line_is_that_of_the_value_which_is_wrong(tmp_path: Path) -> None:
+    """Not of another one of its name that stands before it."""
+    path = tmp_path / "config.json"
+    vision = {"hidden_size": -3, "about": '"hidden_size": -1'}
+    for config, place in (
+        ({"vision_config": vision, **TINY, "hidden_size": -1}, "line 7, column 2: hidden_size is"),
+        (
+            {"vision_config": vision, "text_config": {**TINY, "hidden_size": -1}},
+            "line 8, column 3: text_config.hidden_size is -1",
+        ),
+    ):
+        path.write_text(json.dumps(config, indent=1))
+        with pytest.raises(PipelineConfigError) as caught:
+            ModelShape.from_config(path)
+        assert str(caught.value).startswith(f"{path}, {place}")
+    dbrx = {**TINY, "model_type": "dbrx", "ffn_config": {"moe_num_experts": -1}}
+    path.write_text(json.dumps({**dbrx, "attn_config": {"kv_n_heads": 2}}, indent=1))
+    with pytest.raises(PipelineConfigError) as caught:
+        ModelShape.from_config(path)
+    assert str(caught.value).startswith(f"{path}, line 10, column 3: ffn_config.moe_num_experts is")
+
+
+def test_infinity_stands_in_configs_of_state_spaces(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**TINY, "time_step_limit": [0.0, math.inf]}))
+    assert ModelShape.from_config(path) == ModelShape.from_config(TINY)
+    for value, shown in ((-math.inf, "-Infinity"), (math.nan, "NaN")):
+        path.write_text(json.dumps({**TINY, "time_step_limit": [0.0, value]}))
+        with pytest.raises(PipelineConfigError, match=f"column .*: {shown} is no JSON number"):
+            ModelShape.from_config(path)
+    path.write_text(json.dumps({**TINY, "hidden_size": math.inf}))
+    with pytest.raises(PipelineConfigError, match="hidden_size is Infinity: it must be an integer"):
+        ModelShape.from_config(path)
+
+
+def test_the_dtype_is_the_configs_or_the_whole_models_or_the_one_given() -> None:
+    for config, expected in (
+        (TINY, None),
+        ({**TINY, "torch_dtype": "float16"}, "float16"),
+        ({**TINY, "torch_dtype": "auto"}, None),
+        ({**TINY, "dtype": None, "torch_dtype": "torch.float32"}, "float32"),
+        ({"text_config": TINY, "torch_dtype": "bfloat16"}, "bfloat16"),
+        ({"text_config": {**TINY, "dtype": "float32"}, "dtype": "bfloat16"}, "float32"),
+    ):
+        assert ModelShape.from_config(config).dtype == expected
+        assert ModelShape.from_config(config, dtype="float64").dtype == "float64"
+    assert ModelShape.from_config({**TINY, "dtype": "int8"}, dtype="float16").dtype == "float16"
+    with pytest.raises(PipelineConfigError, match=r"dtype \(''\) must be one of"):
+        ModelShape.from_config(TINY, dtype="")
 
 
 def test_a_file_is_read_like_its_values(tmp_path: Path) -> None:

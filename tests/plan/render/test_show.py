@@ -182,19 +182,20 @@ def test_what_cannot_be_drawn_is_refused_with_a_remedy(
     trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "known are GPipe" in refused("nope", capsys=capsys)
-    assert "No such file" in refused(tmp_path / "absent.csv", capsys=capsys, code=1)
-    assert "no such file" in refused(tmp_path / "absent.json", capsys=capsys, code=1)
+    for name in ("absent.csv", "absent.json"):
+        assert f"{name}: no such file: give" in refused(tmp_path / name, capsys=capsys)
+    assert "cannot be read (Is a directory)" in refused(f"{tmp_path}/", capsys=capsys)
     assert "is no recorded run" in refused("1F1B", "--against", capsys=capsys)
     assert "--step (3) chooses a step" in refused("1F1B", "--step", 3, capsys=capsys)
     assert "steps 11, 12" in refused(trace, "--step", 3, capsys=capsys)
     assert "other computations" in refused(trace, "--against", "zbv", capsys=capsys)
     assert "--pp (2) is for a schedule by name" in refused(trace, "--pp", 2, capsys=capsys)
     assert "costs are 0" in refused("1F1B", "--forward", 0, capsys=capsys)
-    assert "latency (-1.0)" in refused("1F1B", "--latency", -1, capsys=capsys)
-    assert "no finite time" in refused("1F1B", "--latency", 1e308, capsys=capsys)
+    assert "costs are 0" in refused("1F1B", "--forward", 1e-320, capsys=capsys)
     assert "use a smaller pp_size" in refused("GPipe", "--pp", 10**12, capsys=capsys)
     assert "there is no model" in refused("1F1B", "--partition", "uniform", capsys=capsys)
-    assert "no such file" in refused("1F1B", "--costs", tmp_path / "no", capsys=capsys, code=1)
+    message = refused("1F1B", "--costs", tmp_path / "no", capsys=capsys)
+    assert f"--costs: {tmp_path / 'no'}: no such file" in message
     nasty = json.loads(trace.read_text(encoding="utf-8"))
     nasty["otherData"]["schedule"] = "\x1b[2J\ud800\n" + 1000 * "x"
     (tmp_path / "nasty.json").write_text(json.dumps(nasty), encoding="utf-8")
@@ -210,6 +211,38 @@ def test_what_cannot_be_drawn_is_refused_with_a_remedy(
     assert "2 ranks · 2 stages · 1 microbatch" in show(tmp_path / "one.csv", capsys=capsys)
     (tmp_path / "dead.csv").write_text("0F0,0B0,0F1,0B1\n1F1,1B1,1F0,1B0\n", encoding="utf-8")
     assert "deadlock" in refused(tmp_path / "dead.csv", capsys=capsys)
+
+
+@pytest.mark.parametrize("option", ["--forward", "--backward", "--weight", "--latency"])
+@pytest.mark.parametrize("value", ["nan", "-1", "inf", "1e308"])
+def test_a_wrong_time_is_named_as_it_was_given(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused("1F1B", option, value, capsys=capsys)
+    shown = f"{option} ({float(value)}) must be a number from 0 to 1e+100: use {option} 1"
+    assert message == f"hfpp show: error: {shown}\n"
+    show("1F1B", option, 1, capsys=capsys)
+    show("1F1B", option, 1e-9, "--backward", 1, capsys=capsys)
+    show("1F1B", "--backward", 1e100, option, 1e100, capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--boundary-bytes", "-1"], "--boundary-bytes (-1) must be an integer from 0 to"),
+        (["--boundary-bytes", "9" * 99], "--boundary-bytes (a number of more than 64 bits) must"),
+        (["--bandwidth", "0"], "--bandwidth (0.0) must be a number from 1e-100"),
+        (["--bandwidth", "nan"], "--bandwidth (nan) must be a number from 1e-100"),
+        (["--weight", "5"], "--weight (5.0) must be at most --backward (2.0)"),
+        (["--pp", "-1"], "--pp (-1) must be at least 1: use --pp=1"),
+        (["--microbatches", "0"], "but --microbatches is 0: use --microbatches="),
+        (["--stages-per-rank", "2"], "--stages-per-rank (2) must be 1 for 1F1B"),
+    ],
+)
+def test_a_wrong_size_is_named_as_it_was_given(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refused("1F1B", *arguments, capsys=capsys)
 
 
 def test_a_pipe_gets_letters_and_no_torch_is_loaded(tmp_path: Path) -> None:

@@ -318,7 +318,8 @@ def test_a_deadlock_is_an_error_and_no_picture() -> None:
     ("costs", "named"),
     [
         ({"forward": -1}, "forward"),
-        ({"backward": -1}, "weight"),
+        ({"backward": -1}, r"^backward \(-1\)"),
+        ({"backward": float("nan")}, r"^backward \(nan\)"),
         ({"weight": 3.0}, "weight"),
         ({"forward": 0, "backward": 0}, "costs are 0"),
     ],

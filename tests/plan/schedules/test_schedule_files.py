@@ -317,9 +317,9 @@ def test_the_place_of_a_bad_column_is_right(table: ScheduleTable, data: Any) -> 
 
 def test_missing_files_and_folders(tmp_path: Path) -> None:
     for read in (read_csv, read_json, read_json_metadata):
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(FileNotFoundError, match="none: no such file: give the path of a sch"):
             read(tmp_path / "none")
-        with pytest.raises(IsADirectoryError):
+        with pytest.raises(PipelineConfigError, match=r"cannot be read \(Is a directory\)"):
             read(tmp_path)
 
 
