@@ -279,8 +279,8 @@ def test_what_argparse_refuses_is_told_in_words(capsys, config):
 
 
 def test_a_choice_named_twice_is_one_choice(capsys, config):
-    once = plans_of(capsys, config, *JOB, "--pp", "4", "--schedule", "1f1b")
-    assert plans_of(capsys, config, *JOB, "--pp", "4,4", "--schedule", "1f1b,1f1b") == once
+    once = plans_of(capsys, config, *JOB, "--pp", "4", "--recompute", "full")
+    assert plans_of(capsys, config, *JOB, "--pp", "4,4", "--recompute", "full,full") == once
 
 
 def test_two_files_of_costs_of_one_size_are_refused(capsys, config, tmp_path):

@@ -146,3 +146,9 @@ def test_errors(tmp_path, capsys):
     LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2).save_pretrained(tmp_path)
     assert cli.main(["profile", str(tmp_path), "--device", "abacus"]) == 2
     assert "--device (abacus) cannot be used" in capsys.readouterr().err
+    for option in ("--microbatch-size", "--seq-len", "--repeats"):
+        assert cli.main(["profile", str(tmp_path), option, "0"]) == 2
+        assert f"error: {option} (0) must be at least 1" in capsys.readouterr().err
+    large = ["--device", "cpu", "--seq-len", "1000000000000000"]
+    assert cli.main(["profile", str(tmp_path), *large]) == 2
+    assert "--seq-len (1000000000000000) needs more memory" in capsys.readouterr().err
