@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["CostsFile", "costs_as_json", "read_costs", "read_costs_file"]
 
 _FORMAT = "hfpp costs 1"
-_LARGEST = 64 << 20  # bytes of a file
+_LARGEST = 8 << 20  # bytes of a file, of some 30,000 layers
 _MOST_LAYERS = 1 << 20
 _UNIT_FIELDS = tuple(field.name for field in fields(UnitCost))
 

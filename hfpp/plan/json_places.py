@@ -98,30 +98,30 @@ def find_fault(text: str, constants: Sequence[str]) -> Fault | None:
     """
     digits = sys.get_int_max_str_digits() or len(text)  # beyond, Python makes no integer of them
     parts = (
-        rf"(?P<text>{_STRING})(?P<colon>[ \t\n\r]*:)?",
-        r"(?P<open>\{)",
-        r"(?P<close>\})",
-        r"(?P<constant>NaN|-?Infinity)",
-        rf"(?P<digits>\d{{{digits + 1},}})",
+        rf"(?P<name>{_STRING}(?=[ \t\n\r]*:))|{_STRING}",
+        r"(?P<open>\{)|(?P<close>\})",
+        rf"(?P<constant>NaN|-?Infinity)|(?P<digits>\d{{{digits + 1},}})|\d+",
     )
     members: list[set[str]] = []
     for found in re.finditer("|".join(parts), text):
-        if found["colon"] and members:
-            name = json.loads(found["text"])
+        kind = found.lastgroup
+        if kind == "name" and members:
+            name = found[0][1:-1]
+            name = json.loads(found[0]) if "\\" in name else name
             if name in members[-1]:
                 shown = _shortened(json.dumps(name))
                 message = f"the member {shown} stands twice in one object: keep one"
                 return Fault(found.start(), message)
             members[-1].add(name)
-        elif found["open"]:
+        elif kind == "open":
             members.append(set())
-        elif found["close"] and members:
+        elif kind == "close" and members:
             members.pop()
-        elif found["constant"] in constants:
-            message = f"{found['constant']} is no JSON number: write a finite one"
+        elif kind == "constant" and found[0] in constants:
+            message = f"{found[0]} is no JSON number: write a finite one"
             return Fault(found.start(), message)
-        elif found["digits"]:
-            message = f"a number of {len(found['digits'])} digits: at most {digits} are read"
+        elif kind == "digits":
+            message = f"a number of {len(found[0])} digits: at most {digits} are read"
             return Fault(found.start(), message)
     return None
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,22 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes('"é",\n'.encode() + b"ab\xff")
     with pytest.raises(PipelineConfigError, match="line 2, column 3: not UTF-8"):
         read_document(tmp_path / "binary", what="a test file", largest=99)
+
+
+def test_a_fault_at_the_end_of_a_malicious_file_takes_seconds_and_little_memory(
+    tmp_path: Path,
+) -> None:
+    text = '{"a": [' + '{"b":1},' * 50_000 + '0],\n"z": 1, "z": 2}'
+    started = time.perf_counter()
+    tracemalloc.start()
+    path = tmp_path / "some.json"
+    path.write_text(text)
+    with pytest.raises(PipelineConfigError, match="line 2, column 9: the member"):
+        read_document(path, what="a test file", largest=8 << 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40 * len(text)
+    assert time.perf_counter() - started < 30
 
 
 def ways(value: Any, way: tuple[str | int, ...] = ()) -> list[tuple[tuple[str | int, ...], Any]]:

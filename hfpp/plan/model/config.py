@@ -16,7 +16,7 @@ from hfpp.plan.json_document import JsonDocument, read_document
 
 __all__ = ["ModelConfig", "read_config", "read_config_file"]
 
-LARGEST_FILE = 64 << 20  # bytes; vocabularies of multimodal models make the largest ones
+LARGEST_FILE = 8 << 20  # bytes; what Python makes of a malicious one is some 30 times as much
 LARGEST_SIZE = 1 << 40  # of a width, in elements
 MOST_LAYERS = 4_096
 

@@ -247,8 +247,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         ModelShape.from_config([])  # type: ignore[arg-type]
     large = tmp_path / "large.json"
     with large.open("wb") as file:
-        file.truncate(65 << 20)
-    with pytest.raises(PipelineConfigError, match="larger than 64 MiB"):
+        file.truncate((8 << 20) + 1)
+    with pytest.raises(PipelineConfigError, match="larger than 8 MiB"):
         ModelShape.from_config(large)
 
 
