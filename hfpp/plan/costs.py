@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -55,6 +55,16 @@ class UnitCost:
     def backward(self) -> float:
         """Seconds of a whole backward."""
         return self.backward_input + self.backward_weight
+
+    def in_one_piece(self) -> UnitCost:
+        """The cost where schedules that split the backward run all of it for the inputs."""
+        return replace(
+            self,
+            backward_input=self.backward,
+            backward_weight=0.0,
+            weight_bytes=0,
+            split_backward=0.0,
+        )
 
     @property
     def seconds(self) -> float:
@@ -132,6 +142,17 @@ class ModelCosts:
     def longest_layer(self) -> float:
         """Seconds of the slowest layer, without embedding and head."""
         return max(layer.seconds for layer in self.layers)
+
+    def in_one_piece(self) -> ModelCosts:
+        """The costs of parts whose backward is not split: see `UnitCost.in_one_piece`."""
+        made = {id(layer): layer for layer in self.layers}
+        whole = {key: layer.in_one_piece() for key, layer in made.items()}
+        return replace(
+            self,
+            embedding=self.embedding.in_one_piece(),
+            layers=tuple(whole[id(layer)] for layer in self.layers),
+            head=self.head.in_one_piece(),
+        )
 
     def stages(self, offsets: Sequence[int]) -> tuple[UnitCost, ...]:
         """The cost of each stage of a partition.

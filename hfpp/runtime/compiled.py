@@ -1,4 +1,4 @@
-"""Compiled modules: stages compile what the model had compiled; what late weights cost them."""
+"""Compiled modules: stages compile what the model had; where weights had better not be late."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hfpp.errors import PipelineConfigError
 from hfpp.runtime import torch_compat as compat
+from hfpp.runtime.recomputed import is_recomputed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,17 +78,26 @@ def refuse_wrapping_compilation(stages: Iterable[PipelineStage], schedule: str) 
 
 
 def spare_late_weights(stages: Sequence[PipelineStage], schedule: str) -> None:
-    """A compiled layer's backward cannot be split: in two steps it would run twice."""
+    """A whole backward for stages where one in two steps costs more than it gains.
+
+    A compiled layer's is of one piece, and would run twice; a layer that is computed again for its
+    backward would be so for its inputs and then for each of its weights.
+    """
     for stage in stages:
+        modules = list(stage.submod.modules())
         compiled = any(
             compat.is_compiled_in_place(module) or compat.is_compiled_by_wrapping(module)
-            for module in stage.submod.modules()
+            for module in modules
         )
-        if compiled and stage.dw_builder is None:
-            stage.dw_builder = nothing_left
-            logger.warning(
-                "stage %d has compiled modules, whose backward is of one piece: %s computes the "
-                "gradients of its weights together with those of its inputs.",
-                stage.stage_index,
-                schedule,
-            )
+        if stage.dw_builder is not None or not (compiled or any(map(is_recomputed, modules))):
+            continue
+        stage.dw_builder = nothing_left
+        logger.warning(
+            "stage %d has %s: %s computes the gradients of its weights together with those of its "
+            "inputs.",
+            stage.stage_index,
+            "compiled modules, whose backward is of one piece"
+            if compiled
+            else "layers with checkpointing, which would be computed again for every weight",
+            schedule,
+        )

@@ -15,6 +15,7 @@ from hfpp.plan.estimates.hardware import HARDWARE, Hardware
 from hfpp.plan.model.shape import ModelShape
 from hfpp.plan.partitioning.spec import PartitionKind, PartitionSpec
 from hfpp.runtime.layer_list import list_of_layers
+from hfpp.runtime.recomputed import is_recomputed
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +133,7 @@ def live_costs(
                 microbatch_size=batch,
                 seq_len=tokens,
                 hardware=hardware,
-                recompute="full" if _recomputes(model) else "none",
+                recompute="full" if any(map(is_recomputed, model.modules())) else "none",
             )
         except PipelineConfigError as reason:
             logger.info("costs by parameters, as the config does not tell them: %s", reason)
@@ -154,10 +155,6 @@ def live_costs(
         boundary_bytes=0,
         source="analytic",
     )
-
-
-def _recomputes(model: nn.Module) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _by_parameters(count: int, second: float) -> UnitCost:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -180,15 +181,42 @@ def test_several_results_are_refused_by_name() -> None:
         split(model, 2)
 
 
-def test_attention_kernels_and_checkpoints_made_before_the_split() -> None:
+def test_attention_kernels() -> None:
+    cases = [("eager", "1F1B"), ("sdpa", "ZBVZeroBubble")]
+    assert run_ranks(trained, 2, args=(cases,)) == [[], []]
+
+
+def note_call(calls: Counter[nn.Module], module: nn.Module, _: Any) -> None:
+    calls[module] += 1
+
+
+def recomputed(
+    rank: int, world_size: int, cases: list[tuple[str, str]]
+) -> list[tuple[list[str], set[int]]]:
+    """By case: what is wrong, and how often layers of this rank ran."""
+    mesh = data_and_pipeline_mesh(world_size)
+    results = []
+    for which, schedule in cases:
+        expected = Unsplit(MODELS[which]())
+        pipeline = build(MODELS[which](), mesh, schedule, loss_fn=any_loss)
+        calls: Counter[nn.Module] = Counter()
+        for part in pipeline.model_parts:
+            for layer in own_layers(part):
+                layer.self_attn.register_forward_pre_hook(partial(note_call, calls))
+        wrong = expected.differs(pipeline)
+        results.append((wrong, set(calls.values())))
+    return results
+
+
+def test_checkpoints_made_before_the_split() -> None:
+    """Every layer runs once more for its backward, and not once more for each of its weights."""
     cases = [
-        ("eager", "1F1B"),
-        ("sdpa", "ZBVZeroBubble"),
         ("checkpointed", "1F1B"),
         ("checkpointed", "ZBVZeroBubble"),
         ("checkpoint_wrapper", "InterleavedZeroBubble"),
     ]
-    assert run_ranks(trained, 2, args=(cases,)) == [[], []]
+    twice = ([], {2 * MICROBATCHES})
+    assert run_ranks(recomputed, 2, args=(cases,)) == [[twice] * len(cases)] * 2
 
 
 # Flex attention: torch has no backward for it on the CPU, and compiling its forward takes minutes

@@ -57,7 +57,9 @@ def model_costs(
         tp: ranks that share each matrix (with sequence parallelism between them).
         ep: ranks that share the experts.
         cp: ranks that share each sequence.
-        recompute: what is computed again for the backward; its time is the backward's.
+        recompute: what is computed again for the backward; its time is the backward's. Whole
+            layers are not split into inputs and weights then: autograd would compute them again
+            for each.
         attention: the kernels of attention.
 
     Returns:
@@ -106,7 +108,7 @@ def workload_costs(shape: ModelShape, work: Workload, hardware: Hardware) -> Mod
     for layer in shape.layers:
         if id(layer) not in made:
             made[id(layer)] = _layer_cost(layer, work, hardware)
-    return ModelCosts(
+    costs = ModelCosts(
         embedding=_unit(
             embedding_operations(shape, work),
             hardware,
@@ -124,6 +126,7 @@ def workload_costs(shape: ModelShape, work: Workload, hardware: Hardware) -> Mod
         boundary_bytes=round(work.tokens / work.tp * shape.hidden_size * work.width),
         source="analytic",
     )
+    return costs.in_one_piece() if work.has_whole_backwards else costs
 
 
 def _check_shares(shape: ModelShape, work: Workload) -> None:

@@ -1,8 +1,9 @@
 """What one rank's memory holds at its peak: what stays there, what is in flight, and work space.
 
 The peak is found by going through the rank's own computations in order, as torch's pipelining runs
-them: a split backward keeps everything until its weights' part; buffers for what is received stay
-for the whole step, and so do the last stage's outputs where ``step`` returns them.
+them: a split backward keeps everything until its weights' part, and of layers that are computed
+again nothing, as it is not split; buffers for what is received stay for the whole step, and so do
+the last stage's outputs where ``step`` returns them.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class StageBytes(NamedTuple):
         kept: from its forward to its backward.
         kept_by_loss: the part of it that head and loss keep, with the output.
         output: the last stage's; 0 for others.
-        between: more than that, from the inputs' to the weights' part of a split backward.
+        late: from the inputs' to the weights' part of a split backward; 0 where it is not split.
         work_space: at most beside it while the stage computes.
         loss_work_space: the same while the loss computes; 0 for other stages than the last.
         after: at the end of the backward, when nothing of this microbatch is kept any more.
@@ -88,7 +89,7 @@ class StageBytes(NamedTuple):
     kept: int
     kept_by_loss: int
     output: int
-    between: int
+    late: int
     work_space: int
     loss_work_space: int
     after: int
@@ -125,7 +126,7 @@ def stage_bytes(
         kept=kept + loss,
         kept_by_loss=loss,
         output=output,
-        between=between,
+        late=0 if work.has_whole_backwards else kept + loss + between,
         work_space=space,
         loss_work_space=loss_space,
         after=embedding_work_space(shape, work) if is_first else 0,
@@ -170,7 +171,13 @@ def rank_memory(
     last = len(offsets) - 2
     boundary = work.boundary_bytes * shape.hidden_size
     stay = len(stages) > 1 if keeping.sends is None else keeping.sends
-    ledger = _Ledger(held, last=last, sent=boundary if stay else 0, outputs=keeping.outputs)
+    ledger = _Ledger(
+        held,
+        last=last,
+        sent=boundary if stay else 0,
+        outputs=keeping.outputs,
+        in_one_piece=work.has_whole_backwards,
+    )
     for action in actions:
         for leaf in () if action is None else action.leaves:
             if leaf.kind.is_compute:
@@ -236,10 +243,19 @@ class _Ledger:
         peak: where they were most: what layers keep and work in, what the loss does, what was sent.
     """
 
-    def __init__(self, held: dict[int, StageBytes], *, last: int, sent: int, outputs: bool) -> None:
+    def __init__(
+        self,
+        held: dict[int, StageBytes],
+        *,
+        last: int,
+        sent: int,
+        outputs: bool,
+        in_one_piece: bool,
+    ) -> None:
         self.peak = (0, 0, 0)
         self._held = held
         self._last = last
+        self._in_one_piece = in_one_piece
         self._boundary = sent
         self._keeps_outputs = outputs
         self._kept = self._loss = self._sent = 0
@@ -259,14 +275,16 @@ class _Ledger:
             self._see(0, stage.loss_work_space // 2)
             return
         if action.kind == ActionKind.BACKWARD_WEIGHT:
+            if self._in_one_piece:
+                return
             self._see(stage.work_space)
-            self._kept -= stage.between
+            self._kept -= stage.late - stage.kept
         else:
             self._see(0, stage.loss_work_space)
             self._see(stage.work_space)
             self._send(index - 1)
-        if action.kind == ActionKind.BACKWARD_INPUT:
-            self._kept += stage.between
+        if action.kind == ActionKind.BACKWARD_INPUT and not self._in_one_piece:
+            self._kept += stage.late - stage.kept
             self._see(stage.work_space)
             return
         self._kept -= layers

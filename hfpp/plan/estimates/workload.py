@@ -66,6 +66,14 @@ class Workload:
         return self.microbatch_size * self.seq_len / self.cp
 
     @property
+    def has_whole_backwards(self) -> bool:
+        """Whether backwards are not split into inputs and weights, whatever the schedule.
+
+        Where whole layers are computed again, autograd would compute them again for every weight.
+        """
+        return self.recompute == "full"
+
+    @property
     def boundary_bytes(self) -> int:
         """Bytes per element of the hidden width that cross to the next stage."""
         return round(self.tokens / self.tp * self.width)

@@ -138,7 +138,7 @@ class MeasuredCosts:
             replace(layer, backward_input=layer.backward_input + layer.forward)
             for layer in plain.layers
         ]
-        return replace(plain, layers=tuple(again))
+        return replace(plain, layers=tuple(again)).in_one_piece()
 
     def shares(self, microbatch_size: int, recompute: Recompute) -> CostShares:
         """What of them is what; what is sent within layers is part of what was measured."""

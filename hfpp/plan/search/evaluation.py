@@ -134,6 +134,7 @@ class Evaluator:
     def _fitting(self, candidate: Candidate, fastest: Evaluation) -> tuple[int, ...]:
         """The cap counts layer by layer; what a rank holds besides is taken off it."""
         besides = max(parts.receive_buffers + parts.logits for parts in fastest.memory)
+        held = self._bytes.of_stages(candidate, fastest.offsets)
         return balanced_partition(
             self.costs(candidate),
             pp_size=candidate.pp_size,
@@ -141,7 +142,11 @@ class Evaluator:
             placement=candidate.spec.placement,
             memory=MemoryCap(
                 bytes_per_rank=max(1, self.cluster.hardware.memory_bytes - besides),
-                live_microbatches=_live(self._table(candidate), ranks_of(candidate)),
+                live_microbatches=_live(
+                    self._table(candidate),
+                    ranks_of(candidate),
+                    is_split=any(stage.late for stage in held),
+                ),
                 bytes_per_parameter=self._replicas.bytes_per_parameter(candidate.parallel),
             ),
         ).offsets
@@ -170,7 +175,7 @@ class Evaluator:
         if key not in self._stages:
             held = self._bytes.of_stages(candidate, offsets)
             self._stages[key] = tuple(
-                replace(cost, activation_bytes=stage.kept, weight_bytes=stage.kept + stage.between)
+                replace(cost, activation_bytes=stage.kept, weight_bytes=stage.late)
                 for cost, stage in zip(self.costs(candidate).stages(offsets), held, strict=True)
             )
         return self._stages[key]
@@ -271,14 +276,17 @@ class Evaluator:
         return max(ranks, key=lambda parts: parts.total)
 
 
-def _live(table: ScheduleTable, ranks: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+def _live(
+    table: ScheduleTable, ranks: Sequence[tuple[int, ...]], *, is_split: bool
+) -> tuple[int, ...]:
     """Microbatches in flight at most, by stage.
 
     The order of a rank's own actions decides, so that any times will do: here the activations of
-    one stage of each rank are counted at a time.
+    one stage of each rank are counted at a time, to the weights' part where backwards are split.
     """
     live = [0] * (len(ranks) * len(ranks[0]))
-    empty, full = uniform_costs(1)[0], uniform_costs(1, activation_bytes=1, weight_bytes=1)[0]
+    empty = uniform_costs(1)[0]
+    full = uniform_costs(1, activation_bytes=1, weight_bytes=int(is_split))[0]
     for position in range(len(ranks[0])):
         counted = {own[position]: rank for rank, own in enumerate(ranks)}
         report = simulate(table, [full if s in counted else empty for s in range(len(live))])

@@ -143,6 +143,27 @@ def test_no_partition_of_any_schedule_is_much_faster():
     assert fastest <= best.prediction.step_time <= 1.03 * fastest
 
 
+@pytest.mark.parametrize(("memory", "vocab"), [(2.5, 50_000), (4, 50_000), (9, 200_000)])
+def test_no_partition_that_fits_into_memory_is_much_faster(memory, vocab):
+    """Every cut on every schedule, where memory decides."""
+    shape = small_shape(vocab_size=vocab)
+    cluster = small_cluster(gpus=4, memory_bytes=round(memory * GIB))
+    request = small_request(global_batch_size=16, seq_len=2048)
+    evaluator = evaluator_of(shape, cluster, request)
+    fastest, too_large = math.inf, 0
+    for candidate in candidates(request, gpus=4, num_layers=7):
+        if evaluator.least_memory(candidate) > cluster.hardware.memory_bytes:
+            too_large += 1
+            continue
+        for cuts in itertools.combinations(range(1, 7), candidate.num_stages - 1):
+            found = evaluator._run(candidate, (0, *cuts, 7))
+            too_large += not found.fits
+            fastest = min(fastest, found.step_time if found.fits else math.inf)
+    assert too_large > 100
+    best = find_plans(shape, cluster, replace(request, top=1))[0]
+    assert fastest <= best.prediction.step_time <= 1.03 * fastest
+
+
 @pytest.mark.parametrize(
     ("gpus", "batch", "tp", "memory"),
     [(1, 8, 1, 80), (4, 24, 2, 3), (6, 96, 1, 80), (8, 8, 1, 3), (8, 24, 2, 80), (24, 96, 2, 2)],
@@ -229,6 +250,20 @@ def test_experts_are_exchanged_by_fewer():
     assert figures.network.data == round(2 * 7 / 8 * 2 * dense + 2 * 1 / 2 * 2 * experts / 4)
     tokens = 4 * 1024  # of a device
     assert figures.network.expert == 2 * 7 * 2 * tokens * 2 * 1024 * 2 * 3 // 4
+
+
+def test_what_is_computed_again_is_not_split():
+    """In two steps a layer would be computed again for its inputs, and for each of its weights."""
+    request = small_request(
+        global_batch_size=16, pp_sizes=(4,), schedules=("zb_h2",), recompute=("full", "none")
+    )
+    plans = find_plans(small_shape(), small_cluster(gpus=4), request)
+    late = {
+        plan.plan.recompute: {unit.backward_weight > 0 for unit in plan.stages} for plan in plans
+    }
+    assert late == {"full": {False}, "none": {True}}
+    again = next(plan for plan in plans if plan.plan.recompute == "full")
+    assert all(unit.weight_bytes == 0 for unit in again.stages)
 
 
 # ---- measured costs
