@@ -78,9 +78,15 @@ class Evaluator:
         return candidate.least_seconds(self.costs(candidate))
 
     def least_memory(self, candidate: Candidate) -> int:
-        """What the fullest rank needs at least: the mean, with one microbatch in flight."""
-        kept = sum(unit.activation_bytes for unit in self.costs(candidate).layers)
-        return (self._replicas.whole(candidate.parallel) + kept) // candidate.pp_size
+        """What the fullest rank needs at least: the mean, with one microbatch in flight.
+
+        Every cut has two receive buffers for every microbatch.
+        """
+        costs = self.costs(candidate)
+        kept = sum(unit.activation_bytes for unit in costs.layers)
+        received = 2 * (candidate.num_stages - 1) * candidate.n_microbatches * costs.boundary_bytes
+        whole = self._replicas.whole(candidate.parallel)
+        return (whole + kept + received) // candidate.pp_size
 
     def costs(self, candidate: Candidate) -> ModelCosts:
         """What the model's parts cost per microbatch."""

@@ -401,6 +401,20 @@ def test_sizes_that_do_not_fit_together_are_named_and_the_advice_works(gpus, cha
         assert find_plans(small_shape(), *other)
 
 
+@pytest.mark.parametrize("changes", [{}, {"global_batch_size": 1024}, {"recompute": ("none",)}])
+def test_the_plan_that_needs_least_is_named(changes):
+    """Of all candidates, whatever they keep: weights, activations or buffers."""
+    cluster, request = small_cluster(memory_bytes=GIB // 2), small_request(**changes)
+    evaluator = evaluator_of(small_shape(), cluster, request)
+    everything = map(evaluator.evaluate, candidates(request, gpus=8, num_layers=7))
+    least = min(everything, key=lambda found: found.peak_memory)
+    with pytest.raises(PipelineConfigError) as caught:
+        find_plans(small_shape(), cluster, request)
+    name, pp_size = least.candidate.spec.name, least.candidate.pp_size
+    assert f"needs least ({name}, pp {pp_size}, " in str(caught.value)
+    assert f": use memory={-(-least.peak_memory >> 20)}MiB" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
