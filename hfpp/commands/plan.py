@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hfpp.commands.option_values import as_options, columns, integer, integers, names
 from hfpp.commands.output_files import check_outputs, writing
@@ -34,12 +34,13 @@ def run(given: argparse.Namespace) -> int:
 
     _check_files(given)
     try:
-        cluster, request = _cluster(given), _request(given)
+        cluster, measured = _cluster(given), _measured(given)
+        request = _request(given, measured.dtype)
     except PipelineConfigError as error:
         raise PipelineConfigError(as_options(str(error), _OPTIONS)) from None
-    shape = ModelShape.from_config(given.config, dtype=given.dtype)
+    shape = ModelShape.from_config(given.config, dtype=request.dtype)
     try:
-        plans = find_plans(shape, cluster, request, measured=_measured(given))
+        plans = find_plans(shape, cluster, request, measured=measured.costs)
     except PipelineConfigError as error:
         raise PipelineConfigError(as_options(str(error), _OPTIONS)) from None
     written = _write(given, plans, cluster)
@@ -81,7 +82,7 @@ def _cluster(given: argparse.Namespace) -> Cluster:
     return Cluster(gpus=given.gpus, hardware=replace(find_hardware(given.hardware), **changes))
 
 
-def _request(given: argparse.Namespace) -> PlanRequest:
+def _request(given: argparse.Namespace, dtype: str | None) -> PlanRequest:
     from hfpp.plan.search.candidates import PlanRequest
 
     return PlanRequest(
@@ -96,19 +97,31 @@ def _request(given: argparse.Namespace) -> PlanRequest:
         microbatch_sizes=given.microbatch_size,
         recompute=given.recompute,
         sharding=given.sharding,
-        dtype=given.dtype,
+        dtype=dtype,
         top=given.top,
     )
 
 
-def _measured(given: argparse.Namespace) -> Measured | None:
-    """The costs of every file, by the size of microbatch that it says."""
+class _Measured(NamedTuple):
+    """What was measured, and in which dtype; without files nothing, and the one asked for."""
+
+    costs: Measured | None
+    dtype: str | None
+
+
+def _measured(given: argparse.Namespace) -> _Measured:
+    """The costs of every file, by the size of microbatch that it says.
+
+    Memory is counted in the dtype that times were measured in.
+    """
     if given.costs is None:
-        return None
+        return _Measured(None, given.dtype)
     from hfpp.plan.costs_file import read_costs_file
+    from hfpp.plan.estimates.workload import DTYPE_BYTES
 
     found: dict[int, ModelCosts] = {}
     files: dict[int, str] = {}
+    dtype = given.dtype
     for path in given.costs:
         try:
             costs, about = read_costs_file(path)
@@ -126,8 +139,19 @@ def _measured(given: argparse.Namespace) -> Measured | None:
                 f"--costs: {files[size]} and {path} are both of --microbatch-size {size}: give one "
                 "of them"
             )
-        found[size], files[size] = costs, path
-    return found
+        measured = about.get("dtype", dtype)
+        if dtype is None and measured is not None and measured not in list(DTYPE_BYTES):
+            raise PipelineConfigError(
+                f"--costs ({path}) were measured in dtype {measured!r}, which is none of "
+                f"{', '.join(DTYPE_BYTES)}: measure with hfpp profile"
+            )
+        if dtype is not None and measured != dtype:
+            raise PipelineConfigError(
+                f"--costs ({path}) were measured in {measured}, and not in {dtype}: measure all "
+                f"with hfpp profile --dtype {dtype}"
+            )
+        found[size], files[size], dtype = costs, path, measured
+    return _Measured(found, dtype)
 
 
 _OPTIONS = {
@@ -256,7 +280,9 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         default="optimizer",
         help=f"whether replicas divide the optimizer's states among them{_DEFAULT}",
     )
-    job.add_argument("--dtype", metavar="NAME", help="of weights (default: the config's)")
+    job.add_argument(
+        "--dtype", metavar="NAME", help="of weights (default: the config's, or that of --costs)"
+    )
     job.add_argument(
         "--costs",
         type=names,

@@ -44,7 +44,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
             "Builds a model with random weights on this device and times its parts: what runs "
             "before the layers, each kind of layer, and what runs after them with the loss; "
             "forward, and the backward of inputs and of weights. The file that is written is what "
-            "hfpp train --costs reads."
+            "hfpp plan, train and show read with --costs."
         ),
         allow_abbrev=False,
     )

@@ -72,7 +72,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _costing(given: argparse.Namespace) -> Costing:
-    from hfpp.plan.costs_file import read_costs
+    from hfpp.plan.costs_file import read_costs_file
     from hfpp.plan.partitioning.grammar import parse_partition
     from hfpp.plan.render.subject import Costing
     from hfpp.plan.schedules.simulate import Link
@@ -83,15 +83,16 @@ def _costing(given: argparse.Namespace) -> Costing:
             f"--partition ({given.partition}) says which layers of the model a stage has, but "
             "there is no model: give its --costs too"
         )
-    model = None
+    measured = None
     if given.costs is not None:
         try:
-            model = read_costs(given.costs)
+            measured = read_costs_file(given.costs)
         except (PipelineConfigError, FileNotFoundError) as error:
             raise PipelineConfigError(f"--costs: {error}") from None
     return Costing(
         times=_times(given),
-        model=model,
+        model=None if measured is None else measured.costs,
+        about={} if measured is None else measured.about,
         partition=None
         if given.partition is None
         else parse_partition(given.partition, argument="--partition"),

@@ -143,6 +143,14 @@ class ModelCosts:
         """Seconds of the slowest layer, without embedding and head."""
         return max(layer.seconds for layer in self.layers)
 
+    def computed_again(self) -> ModelCosts:
+        """The costs where whole layers run once more in the backward, which is not split then."""
+        again = [
+            replace(layer, backward_input=layer.backward_input + layer.forward)
+            for layer in self.layers
+        ]
+        return replace(self, layers=tuple(again)).in_one_piece()
+
     def in_one_piece(self) -> ModelCosts:
         """The costs of parts whose backward is not split: see `UnitCost.in_one_piece`."""
         made = {id(layer): layer for layer in self.layers}

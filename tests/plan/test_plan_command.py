@@ -208,6 +208,28 @@ def test_measured_costs_are_read_from_files(capsys, config, tmp_path):
     assert "and not for sequences of --seq-len (8192)" in message
 
 
+def test_memory_is_that_of_the_dtype_whose_times_were_measured(capsys, config, tmp_path):
+    """A config without a dtype is profiled in float32, but planned for in bfloat16."""
+    files = {}
+    for size, dtype in ((1, "float32"), (2, "float32"), (4, "bfloat16")):
+        files[size] = str(tmp_path / f"costs{size}.json")
+        text = costs_as_json(measured(), microbatch_size=size, seq_len=1024, dtype=dtype)
+        Path(files[size]).write_text(text)
+    options = ["--top", "1", "--pp", "2", "--schedule", "1F1B", "--recompute", "none"]
+    held = {
+        size: plans_of(capsys, config, *JOB, *options, "--costs", files[size])[0]["plan"][
+            "prediction"
+        ]["memory"][0]["parameters"]
+        for size in (1, 4)
+    }
+    assert held[1] == 2 * held[4]
+    assert plans_of(capsys, config, *JOB, *options, "--costs", f"{files[1]},{files[2]}")
+    for wrong in (["--costs", f"{files[1]},{files[4]}"], ["--costs", files[4]]):
+        more = ["--dtype", "float32"] if len(wrong[1].split(",")) == 1 else []
+        message = printed(capsys, config, *JOB, *wrong, *more, code=2)
+        assert "were measured in bfloat16, and not in float32" in message
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,11 @@ from hfpp.plan.schedules.simulate import Link, uniform_costs
 from hfpp.plan.strict_json import read_json_file
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from hfpp.plan.costs import ModelCosts, UnitCost
     from hfpp.plan.partitioning.spec import PartitionSpec
+    from hfpp.plan.pipeline_plan import PipelinePlan
     from hfpp.plan.schedules.actions import ScheduleTable
 
 __all__ = ["Costing", "Subject", "find_subject"]
@@ -40,6 +41,7 @@ class Costing:
         times: of a forward, a whole backward and its weights' part (None: half) of every stage,
             without a unit; None: not given.
         model: what the parts of a model cost, in seconds; None: not given.
+        about: of what these were measured, as the file has it.
         partition: of the model; None: the plan's own, else balanced.
         link: between ranks, in the unit of the costs.
         boundary_bytes: of what crosses from stage to stage; None: as the model's costs say.
@@ -48,10 +50,37 @@ class Costing:
 
     times: tuple[float, float, float | None] | None = None
     model: ModelCosts | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
     partition: PartitionSpec | None = None
     link: Link = field(default_factory=Link)
     boundary_bytes: int | None = None
     overlap: bool = True
+
+    def of(self, plan: PipelinePlan | None) -> Costing:
+        """The same for a plan: what it computes again costs time.
+
+        Raises:
+            PipelineConfigError: the costs are those of other microbatches, or it computes again
+                what was not measured.
+        """
+        if plan is None or self.model is None:
+            return self
+        for name in ("microbatch_size", "seq_len"):
+            planned, measured = getattr(plan, name), self.about.get(name)
+            if measured is not None and measured != planned:
+                raise PipelineConfigError(
+                    f"--costs were measured with {name} {measured}, but the plan has {planned}: "
+                    f"measure with hfpp profile --microbatch-size {plan.microbatch_size} --seq-len "
+                    f"{plan.seq_len}"
+                )
+        if plan.recompute == "selective":
+            raise PipelineConfigError(
+                "--costs are those of whole layers, and of the plan's selective recomputation "
+                "nothing was measured: leave out --costs"
+            )
+        return (
+            self if plan.recompute == "none" else replace(self, model=self.model.computed_again())
+        )
 
     def stages(
         self, table: ScheduleTable, offsets: Sequence[int] | None
@@ -98,14 +127,18 @@ class Subject:
     Attributes:
         what: as it was asked for.
         table: the actions; None for a recorded run.
-        offsets: which layers each stage has, where that is known.
+        plan: that the table is of, if any.
         takes: the recorded steps; empty for a table.
     """
 
     what: str
     table: ScheduleTable | None = None
-    offsets: tuple[int, ...] | None = None
+    plan: PipelinePlan | None = None
     takes: tuple[Take, ...] = ()
+
+    @property
+    def _offsets(self) -> tuple[int, ...] | None:
+        return None if self.plan is None else self.plan.offsets
 
     def take(self, costing: Costing, *, step: int | None = None) -> Take:
         """What is drawn: a simulated step, or a recorded one.
@@ -119,7 +152,8 @@ class Subject:
         """
         if self.table is None:
             return middle_take(self.takes, step=step)
-        costs = costing.stages(self.table, self.offsets)
+        costing = costing.of(self.plan)
+        costs = costing.stages(self.table, self._offsets)
         unit = "" if costing.model is None else "s"
         costs = uniform_costs(self.table.num_stages) if costs is None else costs
         return Take(planned(self.table, costs, unit=unit, **costing.messages))
@@ -152,7 +186,8 @@ class Subject:
                 "microbatches: give the schedule that was run, or --against alone"
             )
         table = table_of(take.timeline) if table is None else table
-        costs = costing.stages(table, plan.offsets)
+        costing = costing.of(plan.plan)
+        costs = costing.stages(table, plan._offsets)
         return compared(self.takes, table, step=step, costs=costs, **costing.messages)
 
 
@@ -221,7 +256,7 @@ def find_subject(
         return Subject(what=what, takes=tuple(trace_takes(document)))
     if isinstance(document.value, dict) and document.value.get("format") == "hfpp plan":
         plan = read_plan(what)
-        return Subject(what=what, table=plan.table(), offsets=plan.offsets)
+        return Subject(what=what, table=plan.table(), plan=plan)
     return Subject(what=what, table=read_json(what))
 
 

@@ -20,6 +20,7 @@ from hfpp.plan.schedules.schedule import SCHEDULES, compute_table, write_csv
 from hfpp.plan.schedules.schedule_json import write_json
 from hfpp.plan.schedules.simulate import uniform_costs
 from tests.commands import run_command
+from tests.plan.plans import plan_of
 
 
 def show(*arguments: object, capsys: pytest.CaptureFixture[str]) -> str:
@@ -97,6 +98,35 @@ def test_files_of_every_kind_are_drawn_as_what_they_are(
     by_name = show("zbv", "--pp", 2, "--microbatches", 6, capsys=capsys).splitlines()[1:]
     for name in ("mine.csv", "mine.json", "plan.json"):
         assert show(tmp_path / name, capsys=capsys).splitlines()[1:] == by_name, name
+
+
+def test_costs_of_a_plan_are_those_of_its_microbatches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what the plan computes again costs time.
+
+    Stages of 3 and 2 layers: the first waits 3 ms for the other, and then for nothing; that is
+    39 = 4 x 9 + 3, or with a backward of three parts instead of two 53 = 4 x 12 + 5.
+    """
+    unit = UnitCost(forward=1e-3, backward_input=1e-3, backward_weight=1e-3)
+    nothing = UnitCost(forward=0, backward_input=0, backward_weight=0)
+    model = ModelCosts(
+        embedding=nothing, layers=(unit,) * 5, head=nothing, boundary_bytes=8, source="measured"
+    )
+    costs, path = tmp_path / "costs.json", tmp_path / "plan.json"
+    seconds = {}
+    for recompute in ("none", "full"):
+        write_plan(plan_of(recompute=recompute), path)
+        costs.write_text(costs_as_json(model, microbatch_size=2, seq_len=128), encoding="utf-8")
+        drawn = show(path, "--costs", costs, capsys=capsys)
+        seconds[recompute] = float(drawn.splitlines()[1].rpartition("· ")[2].split()[0])
+        costs.write_text(costs_as_json(model, microbatch_size=1, seq_len=128), encoding="utf-8")
+        said = refused(path, "--costs", costs, capsys=capsys)
+        assert "microbatch_size 1, but the plan has 2: measure with hfpp profile" in said
+    assert seconds == {"none": 39.0, "full": 53.0}  # ms
+    write_plan(plan_of(recompute="selective"), path)
+    costs.write_text(costs_as_json(model), encoding="utf-8")
+    assert "nothing was measured" in refused(path, "--costs", costs, capsys=capsys)
 
 
 def test_costs_of_a_model_give_seconds_and_bytes(
