@@ -61,7 +61,3 @@ class Cluster:
     def pipeline_link(self, pp_size: int, parallel: ParallelSizes) -> Link:
         """Between neighbours of the pipeline."""
         return self.link(ranks=pp_size, stride=parallel.tp * parallel.cp * parallel.dp)
-
-    def data_link(self, parallel: ParallelSizes) -> Link:
-        """Between replicas, over which gradients are reduced."""
-        return self.link(ranks=parallel.dp * parallel.cp, stride=parallel.tp)
