@@ -14,6 +14,7 @@ from hfpp import pipeline_model
 from hfpp.plan.estimates.memory import Keeping, rank_memory
 from hfpp.plan.estimates.workload import Workload
 from hfpp.plan.model.shape import ModelShape
+from hfpp.plan.pipeline_plan import Recompute
 from hfpp.plan.prediction import MemoryParts
 from hfpp.plan.schedules.schedule import compute_table, find_schedule
 from hfpp.runtime.loss import causal_lm_loss
@@ -34,6 +35,7 @@ class Case(NamedTuple):
         seq_len: tokens of each.
         n_microbatches: in one step.
         outputs: whether the step returns them.
+        recompute: whether layers are computed again for the backward.
     """
 
     model_type: str
@@ -46,13 +48,15 @@ class Case(NamedTuple):
     seq_len: int = 48
     n_microbatches: int = 6
     outputs: bool = False
+    recompute: Recompute = "none"
 
     @property
     def name(self) -> str:
         """What the case is called."""
         size = self.values["vocab_size"]
         name = f"{self.model_type}-{size}-{self.schedule}-{self.dtype}-{self.pp_size}"
-        return f"{name}-outputs" if self.outputs else name
+        name += "-outputs" if self.outputs else ""
+        return f"{name}-{self.recompute}" if self.recompute != "none" else name
 
     @property
     def config(self) -> Any:
@@ -95,6 +99,8 @@ def measure(world_size: int, case: Case) -> Measured:
     config = case.config
     model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype))
     model.train()
+    if case.recompute == "full":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     mesh = init_device_mesh("cpu", (1, world_size), mesh_dim_names=("dp", "pp"))
     pipeline = pipeline_model(
         model,
@@ -160,7 +166,11 @@ def predict(case: Case, rank: int, stages: tuple[int, ...], schedule: str) -> Me
     return rank_memory(
         ModelShape.from_config(json.loads(config.to_json_string(use_diff=False))),
         Workload(
-            microbatch_size=case.rows, seq_len=case.seq_len, dtype=case.dtype, attention="sdpa"
+            microbatch_size=case.rows,
+            seq_len=case.seq_len,
+            dtype=case.dtype,
+            attention="sdpa",
+            recompute=case.recompute,
         ),
         offsets=case.offsets,
         stages=stages,

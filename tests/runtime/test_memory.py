@@ -64,6 +64,13 @@ CASES = (
     Case("qwen3_moe", _MODELS["qwen3_moe"], "Interleaved1F1B", (0, 3, 5, 7, 8)),
     Case("deepseek_v3", _MODELS["deepseek_v3"], "1F1B", (0, 5, 8)),
     Case("gpt_neox", _MODELS["gpt_neox"], "1F1B", (0, 3, 8)),
+    Case("llama", _MODELS["llama"], "1F1B", (0, 5, 8), recompute="full"),
+    Case(
+        "llama", _MODELS["llama"], "Interleaved1F1B", (0, 3, 5, 7, 8), "bfloat16", recompute="full"
+    ),
+    Case("qwen3_moe", _MODELS["qwen3_moe"], "1F1B", (0, 5, 8), recompute="full"),
+    Case("gpt_neox", _MODELS["gpt_neox"], "1F1B", (0, 3, 8), recompute="full"),
+    Case("llama", _LARGE_VOCABULARY, "InterleavedZeroBubble", (0, 3, 5, 7, 8), recompute="full"),
     Case("llama", _MODELS["llama"], "1F1B", (0, 3, 4, 6, 8), pp_size=4),
 )
 

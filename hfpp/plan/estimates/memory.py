@@ -79,6 +79,8 @@ class StageBytes(NamedTuple):
     Attributes:
         kept: from its forward to its backward.
         kept_by_loss: the part of it that head and loss keep, with the output.
+        freed_by_loss: of that, before a backward that is not split comes to the layers; the
+            gradient that it hands them takes its place.
         output: the last stage's; 0 for others.
         late: from the inputs' to the weights' part of a split backward; 0 where it is not split.
         work_space: at most beside it while the stage computes.
@@ -88,6 +90,7 @@ class StageBytes(NamedTuple):
 
     kept: int
     kept_by_loss: int
+    freed_by_loss: int
     output: int
     late: int
     work_space: int
@@ -125,6 +128,7 @@ def stage_bytes(
     return StageBytes(
         kept=kept + loss,
         kept_by_loss=loss,
+        freed_by_loss=max(0, loss - output - boundary),
         output=output,
         late=0 if work.has_whole_backwards else kept + loss + between,
         work_space=space,
@@ -280,13 +284,14 @@ class _Ledger:
             self._see(stage.work_space)
             self._kept -= stage.late - stage.kept
         else:
+            is_split = action.kind == ActionKind.BACKWARD_INPUT and not self._in_one_piece
             self._see(0, stage.loss_work_space)
-            self._see(stage.work_space)
+            self._see(stage.work_space, 0 if is_split else -stage.freed_by_loss)
             self._send(index - 1)
-        if action.kind == ActionKind.BACKWARD_INPUT and not self._in_one_piece:
-            self._kept += stage.late - stage.kept
-            self._see(stage.work_space)
-            return
+            if is_split:
+                self._kept += stage.late - stage.kept
+                self._see(stage.work_space)
+                return
         self._kept -= layers
         self._loss -= stage.kept_by_loss - (stage.output if self._keeps_outputs else 0)
         self._send(index + 1)  # its output, which was among what it kept

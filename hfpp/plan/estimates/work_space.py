@@ -40,8 +40,9 @@ def layer_work_space(layer: LayerShape, work: Workload) -> int:
         matrices = part.count // work.ep if isinstance(part, Experts) else 1
         weights = max(weights, matrices * dense.linears[0].weights * (2 if matrices > 1 else 1))
     kept = 0
-    if work.recompute == "full":  # one layer is run again, and keeps all
+    if work.recompute == "full":  # one layer is run again, and keeps all but its input, kept before
         kept = layer_bytes(layer, replace(work, recompute="none"))
+        kept -= layer_bytes(layer, work) if layer.norm == "layer" or width >= _FLOAT else 0
     gradients = work.tokens / work.tp * per_token
     return round(kept + max(gradients, weights / work.tp * width))
 

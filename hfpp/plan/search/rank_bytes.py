@@ -52,9 +52,7 @@ class RankBytes:
         found = []
         for report, own in zip(simulation.ranks, ranks_of(candidate), strict=True):
             held = self._replicas.held(offsets, own)
-            space = max(
-                max(stages[s].work_space, stages[s].loss_work_space, stages[s].after) for s in own
-            )
+            space = max(_space(stages[stage], work) for stage in own)
             exchanged = exchanged_bytes(self._replicas.shape, work, own, last)
             ends = sum((stage > 0) + (stage < last) for stage in own)
             stays = report.sent_bytes if len(own) > 1 else 0
@@ -91,3 +89,9 @@ class RankBytes:
             microbatch_size=candidate.microbatch_size,
             recompute=candidate.recompute,
         )
+
+
+def _space(stage: StageBytes, work: Workload) -> int:
+    """Bytes beside those that are kept, at most."""
+    of_layers = stage.work_space - (stage.freed_by_loss if work.has_whole_backwards else 0)
+    return max(of_layers, stage.loss_work_space, stage.after)
