@@ -7,7 +7,12 @@ import sys
 from typing import TYPE_CHECKING
 
 from hfpp.plan.prediction import MemoryParts
-from hfpp.plan.sizes import bytes_as_text, count_as_text, seconds_as_text
+from hfpp.plan.sizes import (
+    bytes_as_text,
+    count_as_text,
+    parameters_as_text,
+    seconds_as_text,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +52,7 @@ def print_plans(
     console = Console(width=width, highlight=False)
     hardware = cluster.hardware
     console.print(
-        f"{shape.model_type or 'model'}, {shape.parameters / 1e9:.4g}B parameters, "
+        f"{shape.model_type or 'model'}, {parameters_as_text(shape.parameters)} parameters, "
         f"{len(shape.layers)} layers, on {cluster.gpus} x {hardware.name} with "
         f"{bytes_as_text(hardware.memory_bytes)}",
         style="bold",

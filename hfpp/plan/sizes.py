@@ -10,6 +10,7 @@ from hfpp.errors import PipelineConfigError
 __all__ = [
     "bytes_as_text",
     "count_as_text",
+    "parameters_as_text",
     "parse_bandwidth",
     "parse_bytes",
     "parse_flops",
@@ -116,6 +117,19 @@ def count_as_text(count: float) -> str:
     while count >= 999.5 and unit < 5:
         count, unit = count / 1000, unit + 1
     return f"{count:.3g}{('', 'k', 'M', 'G', 'T', 'P')[unit]}"
+
+
+def parameters_as_text(count: int) -> str:
+    """A model's size as models are named, with four digits.
+
+    Example:
+        >>> parameters_as_text(405_853_388_800), parameters_as_text(478_112)
+        ('405.9B', '478.1K')
+    """
+    for unit, factor in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if count >= factor:
+            return f"{count / factor:.4g}{unit}"
+    return str(count)
 
 
 def seconds_as_text(seconds: float) -> str:

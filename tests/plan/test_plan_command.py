@@ -42,7 +42,7 @@ def test_the_table_has_what_was_found(capsys, config):
     text = printed(capsys, config, *JOB, "--top", "3", "--width", "150")
     found = plans_of(capsys, config, *JOB, "--top", "3")
     lines = text.splitlines()
-    assert lines[0].startswith("llama, 0.2088B parameters, 7 layers, on 8 x H100 with 80.0 GiB")
+    assert lines[0].startswith("llama, 208.8M parameters, 7 layers, on 8 x H100 with 80.0 GiB")
     for place, one in enumerate(found, start=1):
         plan = one["plan"]
         row = next(line.split() for line in lines if re.match(rf" {place}  +[A-Z1]", line))

@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING
 
 from hfpp.plan.render import schedule_html
 from hfpp.plan.render.page_bars import Bar, legend, partition_picture, stacked_bars
-from hfpp.plan.sizes import bytes_as_text, count_as_text, seconds_as_text
+from hfpp.plan.sizes import (
+    bytes_as_text,
+    count_as_text,
+    parameters_as_text,
+    seconds_as_text,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -46,7 +51,9 @@ def plan_page(plans: Sequence[RankedPlan], cluster: Cluster) -> str:
     best, hardware = plans[0], cluster.hardware
     plan, figures = best.plan, best.prediction
     model, sizes = plan.model, plan.parallel
-    parameters = "" if model.parameters is None else f"{model.parameters / 1e9:.4g}B parameters, "
+    parameters = (
+        "" if model.parameters is None else f"{parameters_as_text(model.parameters)} parameters, "
+    )
     title = f"{model.model_type or 'model'} on {cluster.gpus} x {hardware.name}"
     return "".join(
         (
