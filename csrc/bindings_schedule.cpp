@@ -1,5 +1,6 @@
 // Schedules in Python: rows of packed actions.
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -45,21 +46,24 @@ Table codes(const Schedule& schedule, py::handle rank_argument) {
 }
 
 Order order_of(const std::string& name, py::handle pp_size, py::handle stages_per_rank,
-               py::handle n_microbatches) {
+               py::handle n_microbatches, py::handle activation_limit) {
+  std::optional<std::int64_t> limit;
+  if (!activation_limit.is_none()) limit = integer(activation_limit, "activation_limit");
   return {name, integer(pp_size, "pp_size"), integer(stages_per_rank, "stages_per_rank"),
-          integer(n_microbatches, "n_microbatches")};
+          integer(n_microbatches, "n_microbatches"), limit};
 }
 
 Schedule of_order(const std::string& name, py::handle pp_size, py::handle stages_per_rank,
-                  py::handle n_microbatches) {
-  const Order order = order_of(name, pp_size, stages_per_rank, n_microbatches);
+                  py::handle n_microbatches, py::handle activation_limit) {
+  const Order order = order_of(name, pp_size, stages_per_rank, n_microbatches, activation_limit);
   const py::gil_scoped_release release;
   return order.all_ranks();
 }
 
 Table codes_of_order(const std::string& name, py::handle rank_argument, py::handle pp_size,
-                     py::handle stages_per_rank, py::handle n_microbatches) {
-  const Order order = order_of(name, pp_size, stages_per_rank, n_microbatches);
+                     py::handle stages_per_rank, py::handle n_microbatches,
+                     py::handle activation_limit) {
+  const Order order = order_of(name, pp_size, stages_per_rank, n_microbatches, activation_limit);
   const std::int64_t rank = integer(rank_argument, "rank");
   const py::gil_scoped_release release;
   return codes_of_row(order.one_rank(rank), 0);
@@ -112,10 +116,11 @@ void bind_schedule(py::module_& m) {
                   "A schedule from rows of packed actions.")
       .def_static("of_order", &of_order, py::kw_only(), py::arg("name"), py::arg("pp_size"),
                   py::arg("stages_per_rank"), py::arg("n_microbatches"),
+                  py::arg("activation_limit") = py::none(),
                   "The computations of all ranks in the order of a named schedule.")
       .def_static("codes_of_order", &codes_of_order, py::kw_only(), py::arg("name"),
                   py::arg("rank"), py::arg("pp_size"), py::arg("stages_per_rank"),
-                  py::arg("n_microbatches"),
+                  py::arg("n_microbatches"), py::arg("activation_limit") = py::none(),
                   "int64 [actions]: one rank's row of `of_order`, made without the others.")
       .def_static("forward_only", &forward_only_of, py::arg("stage_to_rank"),
                   py::arg("n_microbatches"), "Forwards of stages in any placement.")

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <utility>
 
 #include "building_block.hpp"
 #include "table.hpp"
@@ -56,11 +57,11 @@ struct Order::Known {
   const char* name;
   std::int64_t stages_per_rank;  // 0: any number
   std::int64_t kinds;            // actions of a stage for one microbatch, at most
-  Write write;
+  Write write;                   // null where the order is chosen under a limit
 };
 
 const Order::Known& Order::find(const std::string& name) {
-  static constexpr std::array<Known, 10> kKnown = {{
+  static constexpr std::array<Known, 11> kKnown = {{
       {"GPipe", 1, 2, &Order::gpipe},
       {"1F1B", 1, 2, &Order::one_f_one_b},
       {"Interleaved1F1B", 0, 2, &Order::interleaved_1f1b},
@@ -71,6 +72,7 @@ const Order::Known& Order::find(const std::string& name) {
       {"ZBH2", 1, 3, &Order::zb_h2},
       {"VHalf", 2, 3, &Order::v_half},
       {"VMin", 2, 3, &Order::v_min},
+      {"VLimited", 2, 3, nullptr},
   }};
   const auto* const found = std::find_if(kKnown.begin(), kKnown.end(),
                                          [&](const Known& known) { return name == known.name; });
@@ -79,7 +81,7 @@ const Order::Known& Order::find(const std::string& name) {
 }
 
 Order::Order(const std::string& name, std::int64_t pp_size, std::int64_t stages_per_rank,
-             std::int64_t n_microbatches)
+             std::int64_t n_microbatches, std::optional<std::int64_t> activation_limit)
     : name_(name),
       pp_size_(pp_size),
       stages_per_rank_(stages_per_rank),
@@ -98,27 +100,89 @@ Order::Order(const std::string& name, std::int64_t pp_size, std::int64_t stages_
       checked_multiply(checked_multiply(stages_per_rank, n_microbatches, "actions of a rank"),
                        known.kinds, "actions of a rank");
   write_ = known.write;
+  if (activation_limit && write_ != nullptr) {
+    throw ConfigError(named("activation_limit", *activation_limit) + " is for VLimited, and " +
+                      name + " holds what it holds: leave it out.");
+  }
+  if (write_ == nullptr) {
+    const std::int64_t most = zb_v_activations(pp_size, n_microbatches);
+    const std::int64_t limit = activation_limit.value_or(most);
+    require_at_least("activation_limit", limit, v_min_activations(pp_size, n_microbatches));
+    activation_limit_ = std::min(limit, most);
+    if (activation_limit) name_ += "-" + std::to_string(limit);
+  }
 }
 
 Schedule Order::all_ranks() const {
-  Schedule schedule(name_);
-  reserve(schedule, pp_size_, most_in_row_);
-  for (std::int64_t rank = 0; rank < pp_size_; ++rank) {
-    write_(*this, rank, schedule);
-    schedule.end_row();
-  }
-  return schedule;
+  return rows(0, pp_size_);
 }
 
 Schedule Order::one_rank(std::int64_t rank) const {
   if (rank < 0 || rank >= pp_size_) {
     throw ConfigError(named("rank", rank) + " must be in [0, " + named("pp_size", pp_size_) + ").");
   }
+  return rows(rank, rank + 1);
+}
+
+Schedule Order::rows(std::int64_t begin, std::int64_t end) const {
   Schedule schedule(name_);
-  reserve(schedule, 1, most_in_row_);
-  write_(*this, rank, schedule);
-  schedule.end_row();
+  reserve(schedule, end - begin, most_in_row_);
+  VOrder found;
+  const Write write = write_ != nullptr ? write_ : best_v(found);
+  for (std::int64_t rank = begin; rank < end; ++rank) {
+    if (found.empty()) {
+      write(*this, rank, schedule);
+    } else {
+      VRow row(schedule, rank, pp_size_, n_microbatches_);
+      for (const std::uint8_t part : found[static_cast<std::size_t>(rank)]) {
+        row.repeat(1, {kVParts.at(part)});
+      }
+    }
+    schedule.end_row();
+  }
   return schedule;
+}
+
+Order::Write Order::best_v(VOrder& found) const {
+  const std::pair<Write, std::int64_t> fixed[] = {
+      {&Order::zbv_zero_bubble, zb_v_activations(pp_size_, n_microbatches_)},
+      {&Order::v_half, v_half_activations(pp_size_, n_microbatches_)},
+      {&Order::v_min, v_min_activations(pp_size_, n_microbatches_)}};
+  Write best = nullptr;
+  std::int64_t least = 0;
+  for (const auto& [write, activations] : fixed) {
+    if (activations > activation_limit_) continue;
+    if (!can_search_v(pp_size_, n_microbatches_))
+      return write;  // one row costs no more than itself
+    const std::int64_t idle = idle_units(v_order(write), n_microbatches_);
+    if (best == nullptr || idle < least) {
+      best = write;
+      least = idle;
+    }
+  }
+  // The last rank idles while the first forward comes to it, whatever the order.
+  if (least > pp_size_ - 1) {
+    found = search_v_order(pp_size_, n_microbatches_, activation_limit_, least);
+  }
+  return best;
+}
+
+VOrder Order::v_order(Write write) const {
+  VOrder order;
+  for (std::int64_t rank = 0; rank < pp_size_; ++rank) {
+    Schedule row(name_);
+    write(*this, rank, row);
+    row.end_row();
+    std::vector<std::uint8_t>& parts = order.emplace_back();
+    for (const Action* action = row.begin(0); action != row.end(0); ++action) {
+      const std::size_t chunk = action->stage() == rank ? 0 : 1;
+      const auto* const part = std::find_if(kVParts.begin(), kVParts.end(), [&](const Part& one) {
+        return one.kind == action->kind() && one.chunk == chunk;
+      });
+      parts.push_back(static_cast<std::uint8_t>(part - kVParts.begin()));
+    }
+  }
+  return order;
 }
 
 // All forwards, then all backwards, both in the order of microbatches.

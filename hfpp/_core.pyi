@@ -94,6 +94,7 @@ class Schedule:
         pp_size: SupportsIndex,
         stages_per_rank: SupportsIndex,
         n_microbatches: SupportsIndex,
+        activation_limit: SupportsIndex | None = None,
     ) -> Schedule: ...
     @staticmethod
     def codes_of_order(
@@ -103,6 +104,7 @@ class Schedule:
         pp_size: SupportsIndex,
         stages_per_rank: SupportsIndex,
         n_microbatches: SupportsIndex,
+        activation_limit: SupportsIndex | None = None,
     ) -> Table: ...
     @staticmethod
     def forward_only(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -28,12 +28,16 @@ __all__ = [
     "compute_table",
     "find_schedule",
     "forward_table",
+    "least_activation_limit",
     "parse_action",
     "rank_actions",
     "read_csv",
     "verify",
     "write_csv",
 ]
+
+
+_LIMITED = "VLimited"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +51,9 @@ class ScheduleSpec:
         single_stage: whether a rank has exactly one stage.
         stages_per_rank: 1 or 2 where the schedule fixes it; None for any number from 2 up.
         aliases: other spellings that are understood.
+        activation_limit: of VLimited: the most activations that a rank may hold at once, each of
+            one stage and one microbatch, as `verify` counts them; None: as many as
+            ZBVZeroBubble.
     """
 
     name: str
@@ -54,6 +61,12 @@ class ScheduleSpec:
     single_stage: bool
     stages_per_rank: int | None
     aliases: tuple[str, ...]
+    activation_limit: int | None = None
+
+    def limited(self, activation_limit: int) -> ScheduleSpec:
+        """VLimited under a limit, which its name then has: ``VLimited-12``."""
+        name = f"{_LIMITED}-{activation_limit}"
+        return replace(self, name=name, activation_limit=activation_limit)
 
 
 def _specs() -> Iterator[ScheduleSpec]:
@@ -74,6 +87,7 @@ def _specs() -> Iterator[ScheduleSpec]:
         ("ZBH2", loop, 1, ("zb_h2",)),
         ("VHalf", v, 2, ("v_half",)),
         ("VMin", v, 2, ("v_min",)),
+        (_LIMITED, v, 2, ("v_limited",)),
     ):
         yield ScheduleSpec(
             name=name,
@@ -85,7 +99,7 @@ def _specs() -> Iterator[ScheduleSpec]:
 
 
 SCHEDULES: Mapping[str, ScheduleSpec] = MappingProxyType({spec.name: spec for spec in _specs()})
-"""Every schedule by name: torch's seven, and three that torch lacks and runs as tables.
+"""Every schedule by name: torch's seven, and four that torch lacks and runs as tables.
 
 With F, I and W for the times of a forward and of the two parts of a backward:
 
@@ -97,6 +111,12 @@ With F, I and W for the times of a forward and of the two parts of a backward:
   microbatches at most, where 1F1B has ``pp_size``. Where F = I = W no rank idles in the steady
   state; at both ends together ``7 * pp_size // 2 - 4`` and ``4 * pp_size - 5`` (one more where 3
   divides ``pp_size``) times F of one of its stages, where 1F1B idles ``6 * (pp_size - 1)``.
+- ``VLimited`` (the same paper's question, by a search): of the v schedules that hold no more than a
+  limit, the one with least idle time that is known where F = I = W. The limit is part of the name:
+  ``VLimited-12`` holds 12 activations of a stage at most. Limits from VMin's
+  (``2 * ceil((pp_size + 2) / 3)``) to ZBVZeroBubble's (``2 * pp_size``, the default) make a
+  difference; a larger one never idles more. The search is for pipelines of up to 100 ranks or so;
+  beyond, the best of VMin, VHalf and ZBVZeroBubble that keeps the limit.
 """
 
 
@@ -119,7 +139,7 @@ def find_schedule(name: str, *, argument: str = "pipeline_parallel_schedule") ->
 
     Args:
         name: torch's name, one of the aliases, or torch's class name; underscores, dashes and
-            spaces do not matter.
+            spaces do not matter. ``VLimited-12`` is VLimited with a limit of 12 activations.
         argument: what the caller calls the name, for messages.
 
     Raises:
@@ -141,6 +161,8 @@ def find_schedule(name: str, *, argument: str = "pipeline_parallel_schedule") ->
             f"{argument} {name!r} is an abstract class of torch, which cannot run; {known}: "
             f"use {argument}='{'1F1B' if 'single' in plain else 'Interleaved1F1B'}'"
         )
+    if limit := re.fullmatch(rf"{_plain(_LIMITED)}(\d{{1,18}})", plain):
+        return SCHEDULES[_LIMITED].limited(int(limit[1]))
     if plain not in _BY_PLAIN_NAME:
         close = get_close_matches(plain, _BY_PLAIN_NAME, n=1)
         remedy = _BY_PLAIN_NAME[close[0]].name if close else "1F1B"
@@ -169,7 +191,8 @@ def check_microbatches(
             a local_batch_size.
 
     Raises:
-        PipelineConfigError: it cannot; the message has the counts that work.
+        PipelineConfigError: it cannot; the message has the counts that work. Or the schedule's
+            limit on activations is too low for any order; the message has the lowest that works.
     """
     n = n_microbatches
     counts: tuple[int, ...]
@@ -191,6 +214,7 @@ def check_microbatches(
             next(count for count in range(n + 1, n + pp_size + 1) if _in_rounds(count, pp_size)),
         )
     else:
+        _check_activation_limit(spec, pp_size, n)
         return
     if microbatch_size is None:
         has, remedies = f"{n}", [f"n_microbatches={count}" for count in counts]
@@ -201,6 +225,21 @@ def check_microbatches(
     raise PipelineConfigError(
         f"{spec.name} {rule}, but n_microbatches is {has}: use {' or '.join(remedies)}"
     )
+
+
+def least_activation_limit(*, pp_size: int, n_microbatches: int) -> int:
+    """The lowest limit on activations that VLimited can keep: what VMin holds."""
+    return 2 * min(n_microbatches, -(-(pp_size + 2) // 3))
+
+
+def _check_activation_limit(spec: ScheduleSpec, pp_size: int, n_microbatches: int) -> None:
+    least = least_activation_limit(pp_size=pp_size, n_microbatches=n_microbatches)
+    if spec.activation_limit is not None and spec.activation_limit < least:
+        raise PipelineConfigError(
+            f"{spec.name} may hold {spec.activation_limit} activations on a rank, but with pp_size "
+            f"({pp_size}) and n_microbatches ({n_microbatches}) some rank holds {least} at least: "
+            f"use '{_LIMITED}-{least}'"
+        )
 
 
 def _least(spec: ScheduleSpec, pp_size: int, num_stages: int) -> int:
@@ -237,10 +276,11 @@ def compute_table(
     per_rank = _checked_stages_per_rank(spec, pp_size, n_microbatches, stages_per_rank)
     return ScheduleTable(
         _core.Schedule.of_order(
-            name=spec.name,
+            name=_order_name(spec),
             pp_size=pp_size,
             stages_per_rank=per_rank,
             n_microbatches=n_microbatches,
+            activation_limit=spec.activation_limit,
         )
     )
 
@@ -254,6 +294,8 @@ def rank_actions(
     stages_per_rank: int | None = None,
 ) -> tuple[Action, ...]:
     """One rank's row of `compute_table`, in time proportional to its own actions.
+
+    Only a search for VLimited's order takes the time of all rows.
 
     Args:
         spec: as there.
@@ -272,13 +314,19 @@ def rank_actions(
     """
     per_rank = _checked_stages_per_rank(spec, pp_size, n_microbatches, stages_per_rank)
     codes = _core.Schedule.codes_of_order(
-        name=spec.name,
+        name=_order_name(spec),
         rank=rank,
         pp_size=pp_size,
         stages_per_rank=per_rank,
         n_microbatches=n_microbatches,
+        activation_limit=spec.activation_limit,
     )
     return tuple(action for action in unpacked(codes.row()) if action is not None)
+
+
+def _order_name(spec: ScheduleSpec) -> str:
+    """What the core calls the order, of whatever limit."""
+    return spec.name if spec.activation_limit is None else _LIMITED
 
 
 def _checked_stages_per_rank(
