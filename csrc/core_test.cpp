@@ -442,10 +442,10 @@ void test_orders() {
     std::int64_t per_rank;
     std::int64_t least;  // microbatches, per rank
   };
-  for (const Case& one :
-       {Case{"GPipe", 1, 0}, Case{"1F1B", 1, 1}, Case{"Interleaved1F1B", 3, 1},
-        Case{"LoopedBFS", 2, 0}, Case{"InterleavedZeroBubble", 2, 1}, Case{"ZBVZeroBubble", 2, 0},
-        Case{"DualPipeV", 2, 2}, Case{"ZBH2", 1, 0}, Case{"VHalf", 2, 0}, Case{"VMin", 2, 0}}) {
+  for (const Case& one : {Case{"GPipe", 1, 0}, Case{"1F1B", 1, 1}, Case{"Interleaved1F1B", 3, 1},
+                          Case{"LoopedBFS", 2, 0}, Case{"InterleavedZeroBubble", 2, 1},
+                          Case{"ZBVZeroBubble", 2, 0}, Case{"DualPipeV", 2, 2}, Case{"ZBH2", 1, 0},
+                          Case{"VHalf", 2, 0}, Case{"VMin", 2, 0}, Case{"VLimited", 2, 0}}) {
     for (std::int64_t pp = 1; pp <= 7; ++pp) {
       const std::int64_t n = std::max<std::int64_t>(one.least * pp, 3);
       if (one.least == 1 && n % pp != 0) continue;
@@ -476,6 +476,14 @@ void test_orders() {
     }
   }
   check(row_text(Order("1F1B", 2, 1, 2).all_ranks(), 0) == "0F0 0F1 0B0 0B1", "1F1B");
+  for (std::int64_t limit = 6; limit <= 11; ++limit) {
+    const hfpp::Schedule all = Order("VLimited", 5, 2, 9, limit).all_ranks();
+    check(computations(all) == computations(Order("VMin", 5, 2, 9).all_ranks()), all.name());
+    const std::vector<std::int64_t> peaks = hfpp::verify(all, limit);
+    check(*std::max_element(peaks.begin(), peaks.end()) <= limit, "the limit is kept");
+  }
+  check_throws<hfpp::ConfigError>([] { Order("VLimited", 5, 2, 9, 5); }, "at least 6");
+  check_throws<hfpp::ConfigError>([] { Order("VHalf", 5, 2, 9, 9); }, "is for VLimited");
   check_throws<hfpp::ConfigError>([] { Order("1F2B", 2, 1, 2); }, "'1F2B'");
   check_throws<hfpp::ConfigError>([] { Order("1F1B", 2, 2, 2); }, "stages_per_rank (2)");
   check_throws<hfpp::ConfigError>([] { Order("1F1B", 2, 1, 2).one_rank(2); }, "rank (2)");

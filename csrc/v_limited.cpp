@@ -145,7 +145,7 @@ std::int64_t zb_v_activations(std::int64_t pp_size, std::int64_t n_microbatches)
 }
 
 bool can_search_v(std::int64_t pp_size, std::int64_t n_microbatches) {
-  constexpr std::int64_t kMostSteps = std::int64_t{1} << 24;  // of ranks, under as many limits
+  constexpr std::int64_t kMostSteps = std::int64_t{1} << 22;  // of ranks, under as many limits
   return 6 * n_microbatches + 4 * pp_size <= kMostSteps / pp_size / pp_size;
 }
 

@@ -25,7 +25,7 @@ std::int64_t v_min_activations(std::int64_t pp_size, std::int64_t n_microbatches
 std::int64_t v_half_activations(std::int64_t pp_size, std::int64_t n_microbatches);
 std::int64_t zb_v_activations(std::int64_t pp_size, std::int64_t n_microbatches);
 
-// Whether a search among these sizes ends within seconds.
+// Whether a search among these sizes ends within a second or two.
 bool can_search_v(std::int64_t pp_size, std::int64_t n_microbatches);
 
 // Units that every rank idles from the first computation of any to the last.

@@ -436,7 +436,8 @@ def build_pipeline_schedule(
         pipeline_parallel_schedule_csv: A schedule file with one row of actions per rank; it is
             verified before it runs. None takes the schedule by its name.
         pipeline_parallel_schedule: 1F1B, GPipe, Interleaved1F1B, LoopedBFS, InterleavedZeroBubble,
-            ZBVZeroBubble, DualPipeV, ZBH2, VHalf or VMin, in any case, or an alias of one. May be
+            ZBVZeroBubble, DualPipeV, ZBH2, VHalf, VMin, VLimited or, with a limit on a rank's
+            activations, VLimited-12, in any case, or an alias of one. May be
             None with a CSV.
         microbatch_size: Sequences per microbatch.
         local_batch_size: Sequences per step of this pipeline: a positive multiple of

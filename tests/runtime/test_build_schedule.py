@@ -17,7 +17,7 @@ from torch.distributed.pipelining import schedules as torch_schedules
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.placement import Placement
 from hfpp.plan.schedules.lowering import lower
-from hfpp.plan.schedules.schedule import SCHEDULES, compute_table, write_csv
+from hfpp.plan.schedules.schedule import SCHEDULES, compute_table, find_schedule, write_csv
 from hfpp.runtime.build_schedule import (
     add_step_context,
     build_pipeline_schedule,
@@ -45,7 +45,7 @@ PARAMETERS = 8 * 4 + 3
 
 
 def stage_indices(name: str, rank: int, pp_size: int) -> tuple[list[int], int]:
-    spec = SCHEDULES[name]
+    spec = find_schedule(name)
     per_rank = spec.stages_per_rank or 2
     num_stages = pp_size * per_rank
     if spec.placement is Placement.V:
@@ -135,6 +135,11 @@ def _trains(rank: int, pp_size: int, name: str, csv: str | None) -> int:
 def test_every_schedule_equals_the_unsplit_model(name: str, pp_size: int) -> None:
     counts = run_ranks(_trains, pp_size, args=(name, None))
     assert sum(counts) == PARAMETERS
+
+
+@pytest.mark.parametrize(("pp_size", "limit"), [(2, 4), (4, 5), (4, 6)])
+def test_a_limit_on_activations_changes_no_gradient(pp_size: int, limit: int) -> None:
+    assert sum(run_ranks(_trains, pp_size, args=(f"VLimited-{limit}", None))) == PARAMETERS
 
 
 @pytest.mark.parametrize("lowered", [False, True], ids=["compute", "communication"])

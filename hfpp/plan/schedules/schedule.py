@@ -115,8 +115,8 @@ With F, I and W for the times of a forward and of the two parts of a backward:
   limit, the one with least idle time that is known where F = I = W. The limit is part of the name:
   ``VLimited-12`` holds 12 activations of a stage at most. Limits from VMin's
   (``2 * ceil((pp_size + 2) / 3)``) to ZBVZeroBubble's (``2 * pp_size``, the default) make a
-  difference; a larger one never idles more. The search is for pipelines of up to 100 ranks or so;
-  beyond, the best of VMin, VHalf and ZBVZeroBubble that keeps the limit.
+  difference; a larger one never idles more. The search is for up to about 64 ranks;
+  beyond, this is what of ZBVZeroBubble, VHalf and VMin keeps the limit.
 """
 
 
@@ -237,8 +237,8 @@ def _check_activation_limit(spec: ScheduleSpec, pp_size: int, n_microbatches: in
     if spec.activation_limit is not None and spec.activation_limit < least:
         raise PipelineConfigError(
             f"{spec.name} may hold {spec.activation_limit} activations on a rank, but with pp_size "
-            f"({pp_size}) and n_microbatches ({n_microbatches}) some rank holds {least} at least: "
-            f"use '{_LIMITED}-{least}'"
+            f"({pp_size}) and n_microbatches ({n_microbatches}) no order is known that holds less "
+            f"than {least}: use '{_LIMITED}-{least}'"
         )
 
 

@@ -9,7 +9,13 @@ from hfpp.errors import PipelineConfigError
 from hfpp.plan.estimates.workload import DTYPE_BYTES
 from hfpp.plan.pipeline_plan import RECOMPUTE, ParallelSizes, Recompute
 from hfpp.plan.placement import stage_ids_by_rank
-from hfpp.plan.schedules.schedule import SCHEDULES, ScheduleSpec, check_microbatches, find_schedule
+from hfpp.plan.schedules.schedule import (
+    SCHEDULES,
+    ScheduleSpec,
+    check_microbatches,
+    find_schedule,
+    least_activation_limit,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -23,6 +29,10 @@ MOST_STAGES_PER_RANK = 8
 """More virtual stages save ever less of the bubble and send ever more."""
 MOST_ACTIONS = 1 << 22
 """Of a table that is simulated: its memory and time stay small."""
+LIMITS = 4
+"""Steps from the lowest limit on activations that VLimited can keep to the highest that matters."""
+MOST_SEARCHED = 1 << 17
+"""Of VLimited: units of all ranks, for each: the search for one table takes some 50 ms at most."""
 _WHOLE_BACKWARDS = frozenset({"GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS"})
 
 
@@ -162,7 +172,7 @@ def _candidates(request: PlanRequest, gpus: int, num_layers: int) -> Iterator[Ca
         local_batch = request.global_batch_size // parallel.dp
         for size in _chosen(_divisors(local_batch), request.microbatch_sizes):
             count = local_batch // size
-            for spec, per_rank in _layouts(request, pp_size, num_layers):
+            for spec, per_rank in _layouts(request, pp_size, num_layers, count):
                 if pp_size * per_rank * count > MOST_ACTIONS:
                     continue
                 try:
@@ -203,14 +213,31 @@ def _worlds(
 
 
 def _layouts(
-    request: PlanRequest, pp_size: int, num_layers: int
+    request: PlanRequest, pp_size: int, num_layers: int, count: int
 ) -> Iterator[tuple[ScheduleSpec, int]]:
     most = min(MOST_STAGES_PER_RANK, num_layers // pp_size)
+    has_zb_v = SCHEDULES["ZBVZeroBubble"] in request.specs
     for spec in request.specs:
         per_ranks = range(2, most + 1) if spec.stages_per_rank is None else (spec.stages_per_rank,)
         for per_rank in _chosen(per_ranks, request.stages_per_rank):
             if pp_size * per_rank <= num_layers:
-                yield spec, per_rank
+                for limited in _limited(spec, pp_size, count, has_zb_v):
+                    yield limited, per_rank
+
+
+def _limited(
+    spec: ScheduleSpec, pp_size: int, count: int, has_zb_v: bool
+) -> Iterator[ScheduleSpec]:
+    """A schedule under the limits on activations to choose from, where it takes one."""
+    if spec.name != "VLimited":
+        yield spec
+    elif pp_size**2 * (6 * count + 4 * pp_size) <= MOST_SEARCHED:
+        least = least_activation_limit(pp_size=pp_size, n_microbatches=count)
+        most = 2 * min(pp_size, count)
+        limits = {least + (most - least) * i // LIMITS for i in range(LIMITS + 1)}
+        if count >= 2 * pp_size - 1 and has_zb_v:  # which then is as good under the highest
+            limits.discard(most)
+        yield from map(spec.limited, sorted(limits))
 
 
 def _chosen(possible: Sequence[int], wanted: Sequence[int]) -> list[int]:

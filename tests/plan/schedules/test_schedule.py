@@ -107,7 +107,7 @@ def test_an_abstract_class_is_refused(name: str) -> None:
 def test_placement_and_stages_per_rank_of_each() -> None:
     v = {name for name, spec in SCHEDULES.items() if spec.placement is Placement.V}
     single = {name for name, spec in SCHEDULES.items() if spec.single_stage}
-    assert v == {"ZBVZeroBubble", "DualPipeV", "VHalf", "VMin"}
+    assert v == {"ZBVZeroBubble", "DualPipeV", "VHalf", "VMin", "VLimited"}
     assert single == {"1F1B", "GPipe", "ZBH2"}
     assert {name for name, spec in SCHEDULES.items() if spec.stages_per_rank == 2} == v
 
