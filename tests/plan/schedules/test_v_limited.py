@@ -121,7 +121,8 @@ def test_too_low_a_limit_names_the_lowest_that_works(pp_size: int, n: int) -> No
         with pytest.raises(PipelineConfigError, match=rf"VLimited-{limit} may hold") as caught:
             compute_table(find_schedule(f"VLimited-{limit}"), **sizes)
         remedy = re.search(r"use '(.*)'$", str(caught.value))
-        assert remedy and remedy[1] == f"VLimited-{least}"
+        assert remedy is not None
+        assert remedy[1] == f"VLimited-{least}"
         verify(compute_table(find_schedule(remedy[1]), **sizes), activation_limit=least)
         with pytest.raises(PipelineConfigError, match=rf"activation_limit={least}"):
             _core.Schedule.of_order(
