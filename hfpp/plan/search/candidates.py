@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Literal
 
 from hfpp.errors import PipelineConfigError
@@ -172,7 +173,7 @@ def _candidates(request: PlanRequest, gpus: int, num_layers: int) -> Iterator[Ca
         local_batch = request.global_batch_size // parallel.dp
         for size in _chosen(_divisors(local_batch), request.microbatch_sizes):
             count = local_batch // size
-            for spec, per_rank in _layouts(request, pp_size, num_layers, count):
+            for spec, per_rank in _layouts(request, pp_size, num_layers):
                 if pp_size * per_rank * count > MOST_ACTIONS:
                     continue
                 try:
@@ -184,9 +185,11 @@ def _candidates(request: PlanRequest, gpus: int, num_layers: int) -> Iterator[Ca
                     )
                 except PipelineConfigError:
                     continue
-                for recompute in request.recompute or RECOMPUTE:
+                for limited, recompute in product(
+                    _under_limits(spec, request, pp_size, count), request.recompute or RECOMPUTE
+                ):
                     yield Candidate(
-                        spec=spec,
+                        spec=limited,
                         pp_size=pp_size,
                         stages_per_rank=per_rank,
                         n_microbatches=count,
@@ -213,20 +216,18 @@ def _worlds(
 
 
 def _layouts(
-    request: PlanRequest, pp_size: int, num_layers: int, count: int
+    request: PlanRequest, pp_size: int, num_layers: int
 ) -> Iterator[tuple[ScheduleSpec, int]]:
     most = min(MOST_STAGES_PER_RANK, num_layers // pp_size)
-    has_zb_v = SCHEDULES["ZBVZeroBubble"] in request.specs
     for spec in request.specs:
         per_ranks = range(2, most + 1) if spec.stages_per_rank is None else (spec.stages_per_rank,)
         for per_rank in _chosen(per_ranks, request.stages_per_rank):
             if pp_size * per_rank <= num_layers:
-                for limited in _limited(spec, pp_size, count, has_zb_v):
-                    yield limited, per_rank
+                yield spec, per_rank
 
 
-def _limited(
-    spec: ScheduleSpec, pp_size: int, count: int, has_zb_v: bool
+def _under_limits(
+    spec: ScheduleSpec, request: PlanRequest, pp_size: int, count: int
 ) -> Iterator[ScheduleSpec]:
     """A schedule under the limits on activations to choose from, where it takes one."""
     if spec.name != "VLimited":
@@ -235,8 +236,8 @@ def _limited(
         least = least_activation_limit(pp_size=pp_size, n_microbatches=count)
         most = 2 * min(pp_size, count)
         limits = {least + (most - least) * i // LIMITS for i in range(LIMITS + 1)}
-        if count >= 2 * pp_size - 1 and has_zb_v:  # which then is as good under the highest
-            limits.discard(most)
+        if count >= 2 * pp_size - 1 and SCHEDULES["ZBVZeroBubble"] in request.specs:
+            limits.discard(most)  # as good
         yield from map(spec.limited, sorted(limits))
 
 

@@ -21,6 +21,7 @@ from hfpp.plan.pipeline_plan import ParallelSizes
 from hfpp.plan.prediction import MemoryParts, NetworkParts, Prediction, TimeParts
 from hfpp.plan.schedules.schedule import SCHEDULES, compute_table
 from hfpp.plan.schedules.simulate import simulate
+from hfpp.plan.schedules.verify import verify
 from hfpp.plan.search.candidates import Candidate, candidates, ranks_of
 from hfpp.plan.search.comparison import why_it_lost
 from hfpp.plan.search.planner import RankedPlan, find_plans
@@ -481,3 +482,20 @@ def test_ranks_share_the_stages():
     for candidate in candidates(small_request(), gpus=8, num_layers=7):
         stages = sorted(stage for own in ranks_of(candidate) for stage in own)
         assert stages == list(range(candidate.num_stages))
+
+
+def test_less_memory_takes_a_lower_limit_on_activations():
+    request = small_request(
+        schedules=("VLimited",), pp_sizes=(8,), microbatch_sizes=(1,), recompute=("none",), top=1
+    )
+    shape, limits, memory, seconds = small_shape(num_hidden_layers=16), [], 80 * GIB, 0.0
+    for _ in range(2):
+        cluster = small_cluster(gpus=8, memory_bytes=memory)
+        found = find_plans(shape, cluster, request)[0]
+        limits.append(int(found.plan.schedule.removeprefix("VLimited-")))
+        assert found.prediction.peak_memory.total <= memory
+        assert found.prediction.step_time >= seconds
+        verify(found.plan.table(), activation_limit=limits[-1])
+        memory, seconds = found.prediction.peak_memory.total - 1, found.prediction.step_time
+    assert limits[0] == 16  # what is of use
+    assert limits[1] < 16
