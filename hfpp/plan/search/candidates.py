@@ -219,7 +219,9 @@ def _layouts(
     request: PlanRequest, pp_size: int, num_layers: int
 ) -> Iterator[tuple[ScheduleSpec, int]]:
     most = min(MOST_STAGES_PER_RANK, num_layers // pp_size)
-    for spec in request.specs:
+    whole = [spec for spec in request.specs if spec.single_stage]
+    # A rank without neighbours has nobody to wait for: virtual stages change nothing there.
+    for spec in whole if pp_size == 1 and whole else request.specs:
         per_ranks = range(2, most + 1) if spec.stages_per_rank is None else (spec.stages_per_rank,)
         for per_rank in _chosen(per_ranks, request.stages_per_rank):
             if pp_size * per_rank <= num_layers:
