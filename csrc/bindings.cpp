@@ -62,6 +62,27 @@ std::int64_t integer(py::handle value, const char* name) {
   return result;
 }
 
+// A sequence may make its items when it is asked for them: each is held while it is read.
+std::vector<double> numbers(const py::sequence& values, const char* name) {
+  require_objects(name, static_cast<std::int64_t>(values.size()));
+  std::vector<double> result;
+  result.reserve(values.size());
+  for (const py::object value : values) {
+    const double number = PyFloat_AsDouble(value.ptr());
+    if (number == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+    result.push_back(number);
+  }
+  return result;
+}
+
+std::vector<std::int64_t> integers(const py::sequence& values, const char* name) {
+  require_objects(name, static_cast<std::int64_t>(values.size()));
+  std::vector<std::int64_t> result;
+  result.reserve(values.size());
+  for (const py::object value : values) result.push_back(integer(value, name));
+  return result;
+}
+
 Placement placement(py::handle style) {
   if (PyUnicode_Check(style.ptr())) {
     if (PyUnicode_CompareWithASCIIString(style.ptr(), "loop") == 0) return Placement::Loop;

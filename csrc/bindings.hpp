@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "placement.hpp"
 #include "schedule.hpp"
@@ -21,6 +22,10 @@ std::string text_of(py::handle value);
 
 // An integer argument: anything with __index__ but no bool, within 64 bits.
 std::int64_t integer(py::handle value, const char* name);
+
+// The items of a sequence argument, as floats or integers.
+std::vector<double> numbers(const py::sequence& values, const char* name);
+std::vector<std::int64_t> integers(const py::sequence& values, const char* name);
 
 // "loop" or "v".
 Placement placement(py::handle style);

@@ -1,8 +1,6 @@
 // The balancer in Python.
 #include <algorithm>
-#include <string>
 #include <utility>
-#include <vector>
 
 #include "balance.hpp"
 #include "bindings.hpp"
@@ -11,26 +9,6 @@
 namespace hfpp::python {
 
 namespace {
-
-std::vector<double> numbers(const py::sequence& values, const char* name) {
-  require_objects(name, static_cast<std::int64_t>(values.size()));
-  std::vector<double> result;
-  result.reserve(values.size());
-  for (const py::handle value : values) {
-    const double number = PyFloat_AsDouble(value.ptr());
-    if (number == -1.0 && PyErr_Occurred()) throw py::error_already_set();
-    result.push_back(number);
-  }
-  return result;
-}
-
-std::vector<std::int64_t> integers(const py::sequence& values, const char* name) {
-  require_objects(name, static_cast<std::int64_t>(values.size()));
-  std::vector<std::int64_t> result;
-  result.reserve(values.size());
-  for (const py::handle value : values) result.push_back(integer(value, name));
-  return result;
-}
 
 py::tuple balance_of(py::handle pp_size, py::handle num_stages, py::handle style,
                      const py::sequence& seconds, const py::sequence& static_bytes,

@@ -19,7 +19,7 @@ namespace {
 // Rows of packed actions, as `codes` gives them.
 Schedule of_codes(std::string name, const py::sequence& rows) {
   Schedule schedule(std::move(name));
-  for (const py::handle row : rows) {
+  for (const py::object row : rows) {
     bool first = true;
     for (const py::handle code : py::iter(row)) {
       const Action action = Action::of_code(integer(code, "code"));
@@ -70,8 +70,7 @@ Table codes_of_order(const std::string& name, py::handle rank_argument, py::hand
 }
 
 Schedule forward_only_of(const py::sequence& stage_to_rank, py::handle n_microbatches_argument) {
-  std::vector<std::int64_t> ranks;
-  for (const py::handle rank : stage_to_rank) ranks.push_back(integer(rank, "stage_to_rank"));
+  const std::vector<std::int64_t> ranks = integers(stage_to_rank, "stage_to_rank");
   const std::int64_t n_microbatches = integer(n_microbatches_argument, "n_microbatches");
   const py::gil_scoped_release release;
   return forward_only(ranks, n_microbatches);

@@ -1,9 +1,7 @@
 // Simulations in Python: numbers of one rank at a time, made when they are asked for.
 #include <memory>
 #include <optional>
-#include <string>
 #include <utility>
-#include <vector>
 
 #include "bindings.hpp"
 #include "lock_step.hpp"
@@ -13,22 +11,6 @@ namespace hfpp::python {
 
 namespace {
 
-template <class T>
-std::vector<T> values(const py::sequence& items, const char* name) {
-  std::vector<T> result;
-  result.reserve(items.size());
-  for (const py::handle item : items) {
-    if constexpr (std::is_same_v<T, double>) {
-      const double value = PyFloat_AsDouble(item.ptr());
-      if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-      result.push_back(value);
-    } else {
-      result.push_back(integer(item, name));
-    }
-  }
-  return result;
-}
-
 std::unique_ptr<Simulation> simulate(
     const Schedule& schedule, const py::sequence& forward, const py::sequence& backward,
     const py::sequence& backward_input, const py::sequence& backward_weight,
@@ -36,15 +18,15 @@ std::unique_ptr<Simulation> simulate(
     const py::sequence& activation_seconds, const py::sequence& gradient_seconds,
     const py::sequence& boundary_bytes, bool overlap, double overlap_gain) {
   const Communication communication = overlap ? Communication::Beside : Communication::Within;
-  const ActionCosts costs{values<double>(forward, "forward"),
-                          values<double>(backward, "backward"),
-                          values<double>(backward_input, "backward_input"),
-                          values<double>(backward_weight, "backward_weight"),
-                          values<std::int64_t>(activation_bytes, "activation_bytes"),
-                          values<std::int64_t>(weight_bytes, "weight_bytes"),
-                          {values<double>(activation_seconds, "activation_seconds"),
-                           values<double>(gradient_seconds, "gradient_seconds"),
-                           values<std::int64_t>(boundary_bytes, "boundary_bytes"), communication},
+  const ActionCosts costs{numbers(forward, "forward"),
+                          numbers(backward, "backward"),
+                          numbers(backward_input, "backward_input"),
+                          numbers(backward_weight, "backward_weight"),
+                          integers(activation_bytes, "activation_bytes"),
+                          integers(weight_bytes, "weight_bytes"),
+                          {numbers(activation_seconds, "activation_seconds"),
+                           numbers(gradient_seconds, "gradient_seconds"),
+                           integers(boundary_bytes, "boundary_bytes"), communication},
                           overlap_gain};
   const py::gil_scoped_release release;
   return std::make_unique<Simulation>(schedule, costs);

@@ -2,7 +2,10 @@
 
 import array
 import gc
+import os
 import struct
+import subprocess
+import sys
 import threading
 import time
 from decimal import Decimal
@@ -167,6 +170,38 @@ def test_an_index_that_raises_is_passed_on():
 
     with pytest.raises(ZeroDivisionError, match="from __index__"):
         _core.stage_ids_this_rank(Broken(), 4, 8)
+
+
+SEQUENCES_MADE_WHEN_ASKED = """
+import array
+from hfpp import _core
+
+seconds = array.array("d", [1.25, 2.5, 3.75, 5.0] * 500)
+offsets = _core.balance(2, 2, "loop", seconds=seconds)[0]
+assert offsets.row() == _core.balance(2, 2, "loop", seconds=list(seconds))[0].row()
+assert _core.Schedule.forward_only(range(2000), 1).pp_size == 2000
+codes = [[1 << 56 | 1000 << 28 | m for m in range(rank)] for rank in range(3)]
+class Rows:
+    __len__ = lambda self: 3
+    def __getitem__(self, index): return array.array("q", codes[index])
+import collections.abc
+collections.abc.Sequence.register(Rows)
+schedule = _core.Schedule.of_codes("made", Rows())
+assert [list(schedule.codes(rank).row()) for rank in range(3)] == codes
+print("read")
+"""
+
+
+def test_sequences_may_make_their_items_when_asked():
+    # In a process of its own, where freed memory is overwritten: reading it does not go unseen.
+    done = subprocess.run(
+        [sys.executable, "-c", SEQUENCES_MADE_WHEN_ASKED],
+        env={**os.environ, "PYTHONMALLOC": "debug"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "read\n"), done.stderr
 
 
 def test_config_error_is_both_kinds_of_error():
