@@ -116,6 +116,7 @@ void test_partition() {
   check_throws<std::overflow_error>([most] { UniformPartition(most, most).offsets(); },
                                     "num_stages");
   check(UniformPartition(3, most).layers(2).end == most, "the last layer of the largest partition");
+  check(UniformPartition(1, most).offsets().at_flat(1) == most, "all layers on one stage");
 }
 
 // The slowest rank's time and, with a cap, the most that a rank holds.
@@ -490,6 +491,9 @@ void test_orders() {
   check_throws<std::overflow_error>([] { Order("GPipe", 100000, 1, 100000).all_ranks(); },
                                     "20000000000 actions");
   check_throws<hfpp::ConfigError>([] { hfpp::forward_only({0, 2}, 1); }, "rank (2)");
+  check_throws<hfpp::ConfigError>(
+      [] { hfpp::forward_only({0, std::numeric_limits<std::int64_t>::max()}, 1); },
+      "rank (9223372036854775807)");
   check(row_text(hfpp::forward_only({0, 1, 0}, 1), 0) == "0F0 2F0", "forwards of any placement");
 }
 

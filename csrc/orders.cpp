@@ -351,16 +351,16 @@ void Order::v_min(const Order& order, std::int64_t rank, Schedule& schedule) {
 
 Schedule forward_only(const std::vector<std::int64_t>& stage_to_rank, std::int64_t n_microbatches) {
   require_index("n_microbatches", n_microbatches);
+  const auto stages = static_cast<std::int64_t>(stage_to_rank.size());
+  require_at_least("num_stages", stages, 1);
   std::int64_t ranks = 0;
   for (const std::int64_t rank : stage_to_rank) {
     require_at_least("rank", rank, 0);
+    if (rank >= stages) {
+      throw ConfigError(named("rank", rank) + ": " + named("num_stages", stages) +
+                        " is too few for a stage on every rank: use a smaller rank.");
+    }
     ranks = std::max(ranks, rank + 1);
-  }
-  const auto stages = static_cast<std::int64_t>(stage_to_rank.size());
-  require_at_least("num_stages", stages, 1);
-  if (ranks > stages) {
-    throw ConfigError(named("rank", ranks - 1) + ": " + named("num_stages", stages) +
-                      " is too few for a stage on every rank: use a smaller rank.");
   }
   Schedule schedule("forward only");
   reserve(schedule, stages, n_microbatches);

@@ -36,8 +36,7 @@ Table UniformPartition::offsets() const {
   Table table =
       Table::make<std::int64_t>({checked_add(num_stages_, 1, "num_stages")}, "num_stages");
   std::int64_t* const out = table.data<std::int64_t>();
-  for (std::int64_t s = 0; s <= longer_; ++s) out[s] = s * (each_ + 1);
-  for (std::int64_t s = longer_ + 1; s <= num_stages_; ++s) out[s] = s * each_ + longer_;
+  for (std::int64_t s = 0; s <= num_stages_; ++s) out[s] = s * each_ + std::min(s, longer_);
   return table;
 }
 

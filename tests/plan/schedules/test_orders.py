@@ -194,7 +194,13 @@ def test_forward_tables_are_the_oracles(pp_size: int, rounds: int, v: bool, n: i
 
 @pytest.mark.parametrize(
     ("ranks", "n", "match"),
-    [([], 1, "num_stages"), ([0, 1], 0, "n_microbatches"), ([0, -1], 1, "rank"), ([3], 1, "rank")],
+    [
+        ([], 1, "num_stages"),
+        ([0, 1], 0, "n_microbatches"),
+        ([0, -1], 1, "rank"),
+        ([3], 1, "rank"),
+        ([2**63 - 1], 1, "rank"),
+    ],
 )
 def test_impossible_forward_tables_are_errors(ranks: list[int], n: int, match: str) -> None:
     with pytest.raises(PipelineConfigError, match=match):
