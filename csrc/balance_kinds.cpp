@@ -27,6 +27,9 @@ class Packing {
     }
   }
 
+  // Whether it would be exhausted before all ranks have looked at all states: time and memory for
+  // nothing.
+  bool hopeless() const { return states_ > kMostSteps / problem_.ranks(); }
   bool exhausted() const { return steps_ > kMostSteps; }
 
   // Whether the layers fit the ranks, none over the limit. False also where steps ran out.
@@ -109,6 +112,7 @@ Amount kinds_bound(const Problem& problem, Amount bound, Amount most) {
   std::stable_sort(kinds.begin(), kinds.end(),
                    [](const Kind& a, const Kind& b) { return a.count < b.count; });
   Packing packing(problem, std::move(kinds));
+  if (packing.hopeless()) return bound;
   Amount limit = most - 1;  // most often there is nothing below what was found
   Amount high = most;
   for (int halving = 0; halving < kHalvings && bound < high; ++halving) {
