@@ -124,8 +124,8 @@ void require_sizes(const StageLayout& layout, const LayerCosts& costs) {
   }
   for (const double seconds : costs.seconds) {
     if (!(std::isfinite(seconds) && seconds >= 0)) {
-      throw ConfigError("seconds (" + std::to_string(seconds) +
-                        ") must be finite and not negative: use 0 where a layer costs nothing.");
+      throw ConfigError(named("seconds", seconds) +
+                        " must be finite and not negative: use 0 where a layer costs nothing.");
     }
   }
   if (!costs.cap) return;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -16,6 +17,12 @@ class ConfigError : public std::runtime_error {
 // "num_stages (6)": how every message names an argument and its value.
 inline std::string named(const char* name, std::int64_t value) {
   return std::string(name) + " (" + std::to_string(value) + ")";
+}
+
+inline std::string named(const char* name, double value) {
+  std::ostringstream text;  // std::to_string has no exponents: 1e-9 would be 0.000000
+  text << name << " (" << value << ")";
+  return text.str();
 }
 
 inline void require_at_least(const char* name, std::int64_t value, std::int64_t least) {

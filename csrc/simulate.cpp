@@ -22,28 +22,42 @@ void check_values(const char* name, const std::vector<T>& values, std::int64_t c
   }
   for (const T value : values) {
     if (!(value >= 0 && std::isfinite(static_cast<double>(value)))) {
-      throw ConfigError(std::string(name) + " (" + std::to_string(value) +
-                        ") must be a finite number that is not negative");
+      throw ConfigError(named(name, value) + " must be a finite number that is not negative");
     }
   }
 }
 
 }  // namespace
 
-void ActionCosts::check(std::int64_t num_stages) const {
+void ActionCosts::check(const Schedule& schedule) const {
+  const std::int64_t num_stages = schedule.num_stages();
   check_values("forward", forward, num_stages);
   check_values("backward", backward, num_stages);
   check_values("backward_input", backward_input, num_stages);
   check_values("backward_weight", backward_weight, num_stages);
   check_values("activation_bytes", activation_bytes, num_stages);
   check_values("weight_bytes", weight_bytes, num_stages);
+  check_values("boundary_bytes", transfers.bytes, num_stages - 1);
   check_values("activation_seconds", transfers.activation_seconds, num_stages - 1);
   check_values("gradient_seconds", transfers.gradient_seconds, num_stages - 1);
-  check_values("boundary_bytes", transfers.bytes, num_stages - 1);
   if (!(overlap_gain >= 0 && overlap_gain <= 1)) {
-    throw ConfigError("overlap_gain (" + std::to_string(overlap_gain) +
-                      ") must be from 0 to 1: use overlap_gain=0 where the parts of a group run "
+    throw ConfigError(named("overlap_gain", overlap_gain) +
+                      " must be from 0 to 1: use overlap_gain=0 where the parts of a group run "
                       "one after another");
+  }
+  // No sum of times has more terms than this: one per action, a message's time at both its ends,
+  // and the idle time of all ranks.
+  double longest = 0;
+  for (const auto* seconds : {&forward, &backward, &backward_input, &backward_weight,
+                              &transfers.activation_seconds, &transfers.gradient_seconds}) {
+    for (const double one : *seconds) longest = std::max(longest, one);
+  }
+  const double terms =
+      4.0 * static_cast<double>(schedule.num_actions()) * static_cast<double>(schedule.pp_size());
+  if (!std::isfinite(longest * terms)) {
+    throw std::overflow_error(named("seconds", longest) + " times " +
+                              named("actions", schedule.num_actions()) +
+                              " are more than a float holds: use smaller times.");
   }
 }
 
@@ -52,7 +66,7 @@ Simulation::Simulation(const Schedule& schedule, const ActionCosts& costs)
       transfers_(schedule),
       spans_(new Span[static_cast<std::size_t>(schedule.num_actions())]),
       reports_(static_cast<std::size_t>(schedule.pp_size())) {
-  costs.check(transfers_.num_stages());
+  costs.check(schedule);
   SimulationRun(*this, costs).run();
   if (costs.transfers.communication == Communication::Beside && !transfers_.spelled_out()) {
     count_receive_buffers(costs.transfers);

@@ -26,8 +26,9 @@ struct ActionCosts {
   // What an overlapped group saves of its parts' time: this share of all but the longest part.
   double overlap_gain = 0;
 
-  // Throws unless there is one entry per stage and boundary, none negative, all finite.
-  void check(std::int64_t num_stages) const;
+  // Throws unless there is one entry per stage and boundary, none negative, all finite, and so are
+  // all sums of times.
+  void check(const Schedule& schedule) const;
 };
 
 // What one rank does. Its seconds are those of its computations and the parts of its idle time.

@@ -91,6 +91,7 @@ bool SimulationRun::compute(Row& row, const Action* first, const Action* last) {
   keep_and_free(row.ledger, first, last);
   for (const Action* part = first; part != last; ++part) {
     std::uint8_t& now = done(part->stage(), part->microbatch());
+    if ((now & done_by(part->kind())) != 0) fail_repeated(part);  // by another part of the group
     now = static_cast<std::uint8_t>(now | done_by(part->kind()));
   }
   for (const Action* part = first; part != last && !transfers_.spelled_out(); ++part) {
@@ -103,9 +104,7 @@ bool SimulationRun::compute(Row& row, const Action* first, const Action* last) {
 void SimulationRun::check_order(const Action* part) {
   const Kind kind = part->kind();
   const std::uint8_t before = done(part->stage(), part->microbatch());
-  if ((before & done_by(kind)) != 0) {
-    fail(part, text_of(*part) + " comes after it ran already, whole or in part");
-  }
+  if ((before & done_by(kind)) != 0) fail_repeated(part);
   if (kind == Kind::BackwardWeight && (before & kGradient) == 0) {
     fail(part, text_of(*part) + " comes without " + text_of(part->as(Kind::BackwardInput)) +
                    " before it on this rank");
@@ -356,6 +355,10 @@ void SimulationRun::wake_known() {
 
 void SimulationRun::fail(const Action* action, const std::string& what) const {
   throw ConfigError(schedule_.name() + ": " + schedule_.place_of(rank_, action) + ": " + what);
+}
+
+void SimulationRun::fail_repeated(const Action* part) const {
+  fail(part, text_of(*part) + " comes after it ran already, whole or in part");
 }
 
 // Who waits for whom: the circle from its lowest rank on, or the way to a rank that has ended.

@@ -66,6 +66,7 @@ class SimulationRun {
   void hold_buffer(RankLedger& ledger, const Route& route);
 
   [[noreturn]] void fail(const Action* action, const std::string& what) const;
+  [[noreturn]] void fail_repeated(const Action* part) const;
   std::string stuck() const;
 
   Simulation& result_;

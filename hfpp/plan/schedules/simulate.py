@@ -54,8 +54,18 @@ class Link:
             )
 
     def seconds(self, nbytes: int) -> float:
-        """The time of one transfer."""
-        return self.latency + nbytes / self.bandwidth
+        """The time of one transfer.
+
+        Raises:
+            PipelineConfigError: longer than a float holds.
+        """
+        seconds = self.latency + nbytes / self.bandwidth
+        if math.isinf(seconds):
+            raise PipelineConfigError(
+                f"bandwidth ({self.bandwidth}): {nbytes} bytes take longer than a float holds: "
+                "use a larger bandwidth"
+            )
+        return seconds
 
 
 Links = Link | Sequence[Link] | Callable[[int, int], Link]
@@ -154,7 +164,7 @@ def simulate(
     Raises:
         PipelineConfigError: the table does not run to its end (the message says which rank waits
             for what, or which action is wrong), or the costs do not fit the table.
-        OverflowError: bytes beyond 64 bits.
+        OverflowError: bytes beyond 64 bits, or times whose sums are more than a float holds.
 
     Example:
         >>> from hfpp.plan.schedules.schedule import compute_table, find_schedule

@@ -21,7 +21,7 @@ from hfpp.plan.schedules.lock_step import lock_step
 from hfpp.plan.schedules.lowering import lower
 from hfpp.plan.schedules.schedule import SCHEDULES, compute_table
 from hfpp.plan.schedules.simulate import Link, Simulation, simulate, uniform_costs
-from hfpp.plan.schedules.verify import verify
+from hfpp.plan.schedules.verify import peak_activations, verify
 from tests.advice import check_advice
 from tests.plan.schedules.test_schedule import sizes, table_of
 from tests.reference import simulate as reference
@@ -305,9 +305,12 @@ def test_what_the_verifier_accepts_runs_and_nothing_crashes(
         accepted = False
     for overlap in (True, False):
         try:
-            simulate(mutant, uniform_costs(mutant.native.num_stages), overlap=overlap)
+            step = simulate(mutant, uniform_costs(mutant.native.num_stages), overlap=overlap)
         except PipelineConfigError as error:
             assert not accepted, error
+        else:
+            if accepted:
+                assert tuple(rank.peak_live for rank in step.ranks) == peak_activations(mutant)
 
 
 # Closed forms: equal stages, free communication, integers. All sums are exact.
@@ -624,6 +627,8 @@ def test_ten_thousand_ranks(name: str) -> None:
         (("0F0 0B0", "1F0"), "does not run to its end: rank 0, column 1, action 0B0 waits for 1B0"),
         (("0F0 0B0", "1F0 1F0 1B0"), "rank 1, column 1, action 1F0: 1F0 comes after it ran"),
         (("0F0 0B0 0I0",), "rank 0, column 2, action 0I0: 0I0 comes after it ran"),
+        (("(0F0;0F0)OVERLAP_F_B 0B0",), "rank 0, column 0, action (0F0;0F0)OVERLAP_F_B: 0F0 comes"),
+        (("0F0 (0B0;0I0)OVERLAP_F_B",), "0I0 comes after it ran already, whole or in part"),
         (("0B0 0F0",), "0B0 comes without 0F0 before it"),
         (("0F0 0W0",), "0W0 comes without 0I0 before it"),
         (("0F0 0B0", "2F0 2B0"), "no rank runs stage 1"),
@@ -669,6 +674,9 @@ def _code(action: str) -> int:
         ({"link": [Link()] * 2}, "link has 2 entries, but there are 1 boundaries"),
         ({"boundary_bytes": [1, 2]}, "boundary_bytes has 2 entries"),
         ({"boundary_bytes": -1}, "boundary_bytes (-1) must be"),
+        ({"boundary_bytes": -1, "link": Link(bandwidth=1.0)}, "boundary_bytes (-1) must be"),
+        ({"boundary_bytes": 1, "link": Link(bandwidth=1e-320)}, "bandwidth (1e-320): 1 bytes take"),
+        ({"overlap_gain": -1e-9}, "overlap_gain (-1e-09) must be"),
         ({"overlap_gain": 1.5}, "overlap_gain (1.5"),
         ({"overlap_gain": math.nan}, "overlap_gain (nan"),
     ],
@@ -685,6 +693,20 @@ def test_bytes_beyond_64_bits_are_an_error() -> None:
         simulate(table, uniform_costs(2, activation_bytes=1 << 62))
     with pytest.raises(OverflowError, match="bytes sent"):
         simulate(table, uniform_costs(2), boundary_bytes=1 << 62)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_times_beyond_a_float_are_an_error(overlap: bool) -> None:
+    """Infinite times would have differences that are no numbers, and ranks that seem to wait."""
+    table = parse_table("0F0 0F1 0B0 0B1", "1F0 (1F1;1B0)OVERLAP_F_B 1B1")
+    costs = uniform_costs(2, forward=1e308)
+    with pytest.raises(OverflowError, match=r"seconds \(1e\+308\) times actions \(8\)"):
+        simulate(table, costs, overlap=overlap)
+    with pytest.raises(OverflowError, match="than a float holds"):
+        simulate(table, uniform_costs(2), link=Link(latency=1e308), overlap=overlap)
+    step = simulate(table, uniform_costs(2, forward=1e300, backward=1e300), overlap=overlap)
+    assert step.step_time < math.inf
+    assert 0 < step.idle_share < 1
 
 
 def test_the_advice_works() -> None:
