@@ -72,6 +72,11 @@ Schedule lowered(const Schedule& table, const Lowering& wanted) {
   if (!only_waits && table.has_communication()) {
     throw ConfigError(table.name() + ": the table has communication already");
   }
+  constexpr std::uint32_t kWaits = 1U << static_cast<unsigned>(Kind::WaitSendForward) |
+                                   1U << static_cast<unsigned>(Kind::WaitSendBackward);
+  if (wanted.wait_send && (table.kinds() & kWaits) != 0) {
+    throw ConfigError(table.name() + ": the table has waits for sends already");
+  }
   Schedule out = WholeStages(table, wanted).run();
   if (wanted.communication) out = with_messages(out, table);
   if (wanted.wait_send) out = with_send_waits(out);

@@ -18,8 +18,9 @@ struct Lowering {
   bool ordered_reshard = false;
 };
 
-// The table must have computations only, unless nothing but waits for sends is added. Idle columns
-// are dropped. Throws where the table deadlocks, naming rank, column and action, or is incomplete.
+// The table must have computations only; nothing but waits for sends may be added to a table that
+// has more, but no waits. Idle columns are dropped. Throws where the table deadlocks, naming rank,
+// column and action, or is incomplete.
 Schedule lowered(const Schedule& table, const Lowering& wanted);
 
 }  // namespace hfpp

@@ -22,8 +22,8 @@ def lower(
     The defaults are torch 2.11 to 2.14; torch 2.15 also has the last three.
 
     Args:
-        table: computations only, unless nothing but waits for sends is added; idle columns are
-            dropped.
+        table: computations only; nothing but waits for sends may be added to a table that has
+            more, but no waits. Idle columns are dropped.
         communication: a send after each result that another rank needs, and the receive on that
             rank. The two ranks of every pair post their messages in the same order, which is what
             NCCL needs not to deadlock.

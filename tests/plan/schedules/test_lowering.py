@@ -179,3 +179,12 @@ def test_waits_are_added_to_a_table_that_has_messages() -> None:
     assert lower(lowered, **waits) == lower(table, wait_send=True)
     with pytest.raises(PipelineConfigError, match="sends"):
         lower(lower(table_of_rows("0F0 0SEND_F0 0SEND_F0 0B0", "1F0 1B0"), **waits), **waits)
+
+
+def test_waits_are_not_added_twice() -> None:
+    table = compute_table(SCHEDULES["GPipe"], pp_size=2, n_microbatches=1)
+    only_waits = {"communication": False, "unshard": False, "reduce_grad": False, "wait_send": True}
+    lowered = lower(lower(table), **only_waits)
+    assert lowered == lower(table, wait_send=True)
+    with pytest.raises(PipelineConfigError, match="has waits for sends already"):
+        lower(lowered, **only_waits)
