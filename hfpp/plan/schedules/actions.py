@@ -177,6 +177,16 @@ def _packed(name: str, row: Iterable[Action | None]) -> Iterator[int]:
             yield 0
             continue
         for position, leaf in enumerate(action.leaves):
+            if leaf.kind is ActionKind.OVERLAP:
+                raise PipelineConfigError(
+                    f"{name}: action {leaf}: a group has parts, of which none is a group"
+                )
+            if leaf.kind.has_microbatch == (leaf.microbatch is None):
+                raise PipelineConfigError(
+                    f"{name}: action {leaf}: {leaf.kind.value} is about "
+                    + ("one microbatch" if leaf.kind.has_microbatch else "a whole stage")
+                    + f": use microbatch={'0' if leaf.kind.has_microbatch else 'None'}"
+                )
             microbatch = leaf.microbatch or 0
             if not (0 <= leaf.stage <= _MOST and 0 <= microbatch <= _MOST):
                 raise PipelineConfigError(
@@ -205,7 +215,9 @@ class ScheduleTable:
             rows: one row per rank; None is an idle column.
 
         Raises:
-            PipelineConfigError: a stage or a microbatch has a number that no table holds.
+            PipelineConfigError: a stage or a microbatch has a number that no table holds; an action
+                lacks its microbatch, or has one although it is about a whole stage; a group has no
+                parts.
         """
         codes = [list(_packed(name, row)) for row in rows]
         return cls(_core.Schedule.of_codes(name, codes))

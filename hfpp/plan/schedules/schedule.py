@@ -205,13 +205,14 @@ def check_microbatches(
         else:
             rule = f"needs at least two microbatches for each of the {pp_size} ranks"
     elif spec.name in ("Interleaved1F1B", "InterleavedZeroBubble") and not _in_rounds(n, pp_size):
+        rounds = n // pp_size
         rule = (
-            f"runs in {n // pp_size} rounds (n_microbatches // pp_size ({pp_size})), of which "
+            f"runs in {rounds} rounds (n_microbatches // pp_size ({pp_size})), of which "
             "n_microbatches must be a multiple"
         )
         counts = (
-            next(count for count in range(n - 1, 0, -1) if _in_rounds(count, pp_size)),
-            next(count for count in range(n + 1, n + pp_size + 1) if _in_rounds(count, pp_size)),
+            n - n % rounds,
+            min(n + rounds - n % rounds, (rounds + 1) * pp_size),  # or a round more
         )
     else:
         _check_activation_limit(spec, pp_size, n)
@@ -267,6 +268,7 @@ def compute_table(
 
     Raises:
         PipelineConfigError: sizes that the schedule cannot have.
+        OverflowError: sizes that no table holds.
 
     Example:
         >>> table = compute_table(find_schedule("1F1B"), pp_size=2, n_microbatches=2)
@@ -306,6 +308,7 @@ def rank_actions(
 
     Raises:
         PipelineConfigError: sizes that the schedule cannot have, or a rank out of range.
+        OverflowError: sizes that no table holds.
 
     Example:
         >>> actions = rank_actions(find_schedule("GPipe"), 9_999, pp_size=10_000, n_microbatches=2)
@@ -359,7 +362,9 @@ def forward_table(stage_to_rank: Sequence[int], n_microbatches: int) -> Schedule
         n_microbatches: microbatches per batch.
 
     Raises:
-        PipelineConfigError: no stage, no microbatch, or a negative rank.
+        PipelineConfigError: no stage, no microbatch, or a rank that is negative or not less than
+            the number of stages.
+        OverflowError: sizes that no table holds.
 
     Example:
         >>> [str(action) for action in forward_table([0, 1, 0], 2).row(0)]

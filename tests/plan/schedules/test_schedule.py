@@ -166,6 +166,40 @@ def test_the_advice_on_microbatches_works(
         check_advice(check, {"local_batch_size": n * microbatch_size})
 
 
+@given(pp_size=st.integers(1, 12), n=st.integers(1, 99))
+def test_the_nearest_counts_of_microbatches_are_advised(pp_size: int, n: int) -> None:
+    def runs(count: int) -> str:
+        try:
+            check_microbatches(
+                SCHEDULES["Interleaved1F1B"],
+                pp_size=pp_size,
+                num_stages=2 * pp_size,
+                n_microbatches=count,
+            )
+        except PipelineConfigError as error:
+            return str(error)
+        return ""
+
+    message = runs(n)
+    below, above = n, n
+    while runs(below):
+        below -= 1
+    while runs(above):
+        above += 1
+    advice = f"use n_microbatches={below} or n_microbatches={above}"
+    assert message.endswith(advice) if message else below == n
+
+
+def test_absurd_counts_of_microbatches_are_refused_at_once() -> None:
+    with pytest.raises(PipelineConfigError, match=f"n_microbatches={2**80 + 2**40}$"):
+        check_microbatches(
+            SCHEDULES["Interleaved1F1B"],
+            pp_size=2**40,
+            num_stages=2**41,
+            n_microbatches=2**80 + 1,
+        )
+
+
 @pytest.mark.parametrize("name", ["2F2B", "", "interleavd1f1b", "PipelineScheduleMulti", 3])
 def test_the_advice_on_names_works(name: Any) -> None:
     check_advice(
@@ -270,6 +304,30 @@ def test_binary_is_no_schedule(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(PipelineConfigError, match="not a schedule"):
         read_csv(tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize(
+    ("action", "match"),
+    [
+        (Action(0, ActionKind.FORWARD), "F is about one microbatch: use microbatch=0"),
+        (Action(0, ActionKind.UNSHARD, 3), "UNSHARD is about a whole stage: use microbatch=None"),
+        (Action(0, ActionKind.OVERLAP), "a group has parts"),
+        (
+            Action(
+                -1,
+                ActionKind.OVERLAP,
+                None,
+                (Action(0, ActionKind.FORWARD, 0), Action(-1, ActionKind.OVERLAP)),
+            ),
+            "a group has parts, of which none is a group",
+        ),
+        (Action(-1, ActionKind.FORWARD, 0), "numbered from 0"),
+        (Action(0, ActionKind.FORWARD, 2**28), "numbered from 0 to 268435455"),
+    ],
+)
+def test_what_is_no_action_is_no_row(action: Action, match: str) -> None:
+    with pytest.raises(PipelineConfigError, match=f"planted: action .*{match}"):
+        ScheduleTable.from_rows("planted", [[action]])
 
 
 def test_blank_lines_at_the_end_are_no_ranks(tmp_path: Path) -> None:
