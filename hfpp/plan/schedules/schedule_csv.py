@@ -36,7 +36,10 @@ def read_csv(path: str | os.PathLike[str]) -> ScheduleTable:
 
 
 def write_csv(table: ScheduleTable, path: str | os.PathLike[str]) -> None:
-    """Writes a table in torch's format; `read_csv` reads it back, and so does torch."""
+    """Writes a table in torch's format; `read_csv` reads it back, and so does torch.
+
+    Ranks at the end that have no actions are blank lines, which are no ranks to a reader.
+    """
     with Path(path).open("wb") as file:
         for rank in range(table.pp_size):
             file.write(_core.csv_line(table.native, rank))

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["read_json", "read_json_metadata", "write_json"]
 
+_MOST_NAME = 4096
+"""Bytes of a name that `read_json` reads."""
+
 
 def read_json(path: str | os.PathLike[str]) -> ScheduleTable:
     """Reads a schedule that `write_json` wrote, or another program in its format.
@@ -79,9 +82,15 @@ def write_json(
             text, nested at most 32 levels deep.
 
     Raises:
-        PipelineConfigError: the metadata is nothing of the kind.
+        PipelineConfigError: the metadata is nothing of the kind, or the table's name is longer than
+            a file has it.
     """
     path = Path(path)
+    if (size := len(table.name.encode())) > _MOST_NAME:
+        raise PipelineConfigError(
+            f"name ({table.name[:60]!r}...) has {size} bytes, but {path} can have {_MOST_NAME}: "
+            "use a shorter name"
+        )
     tail = "" if metadata is None else f', "metadata": {_metadata_text(path, metadata)}'
     with path.open("wb") as file:
         head = f'"format": "hfpp schedule", "version": 1, "name": {json.dumps(table.name)}'

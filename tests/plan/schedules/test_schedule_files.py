@@ -342,6 +342,17 @@ def test_metadata_that_json_cannot_hold(bad: dict[str, Any], tmp_path: Path) -> 
     assert not (tmp_path / "x.json").exists()
 
 
+def test_a_name_that_would_not_be_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    rows = [[Action(0, ActionKind.FORWARD, 0)]]
+    most = ScheduleTable.from_rows("é" * 2048, rows)
+    write_json(most, path)
+    assert read_json(path) == most
+    with pytest.raises(PipelineConfigError, match=r"has 4097 bytes, but .* can have 4096"):
+        write_json(ScheduleTable.from_rows("x" + most.name, rows), path)
+    assert read_json(path) == most
+
+
 def test_metadata_that_would_not_be_read_back(tmp_path: Path) -> None:
     table = ScheduleTable.from_rows("x", [[parse_action("0F0")]])
     deep: Any = []
