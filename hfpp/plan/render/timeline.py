@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from hfpp.plan.schedules.actions import ActionKind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from hfpp.plan.schedules.actions import Action
 
@@ -195,7 +195,7 @@ class Timeline:
         bars = self.bars[row]
         last = {(bar.action.stage, bar.action.microbatch): k for k, bar in enumerate(bars)}
         changes: dict[float, int] = {0.0: 0}
-        for k, (action, start, end, _) in enumerate(bars):
+        for k, (action, (start, end)) in enumerate(_held_for(bars)):
             held = kept(action.stage)
             if action.kind is _F:
                 changes[start] = changes.get(start, 0) + held.activations
@@ -206,3 +206,12 @@ class Timeline:
                 changes[end] = changes.get(end, 0) - held.activations + held.weight
         times = sorted(changes)
         return tuple(map(Level, times, accumulate(changes[time] for time in times)))
+
+
+def _held_for(bars: Iterable[Bar]) -> Iterator[tuple[Action, tuple[float, float]]]:
+    """Computations with their times; the parts of a group run at once, for as long as all of it."""
+    for group, same in groupby(bars, key=lambda bar: bar.group):
+        parts = list(same)
+        for bar in parts:
+            whole = (parts[0].start, parts[-1].end)
+            yield bar.action, (bar.start, bar.end) if group is None else whole

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hfpp.plan.costs import UnitCost
 from hfpp.plan.render.planned import planned
 from hfpp.plan.render.timeline import Bar, Kept, Timeline
-from hfpp.plan.schedules.actions import parse_action
+from hfpp.plan.schedules.actions import ScheduleTable, parse_action
 from hfpp.plan.schedules.schedule import SCHEDULES, compute_table
-from hfpp.plan.schedules.simulate import uniform_costs
+from hfpp.plan.schedules.simulate import simulate, uniform_costs
 from hfpp.plan.schedules.verify import peak_activations
+from tests.plan.schedules.tables import parse_rows
 from tests.plan.schedules.test_schedule import sizes, table_of
 
 
@@ -75,6 +76,18 @@ def test_peaks_are_those_of_the_verifier(size: dict[str, Any]) -> None:
     line = planned(table, uniform_costs(table.num_stages))
     peaks = tuple(max(level.held for level in line.live(r)) for r in range(table.pp_size))
     assert peaks == tuple(peak_activations(table))
+
+
+def test_the_parts_of_a_group_are_held_together() -> None:
+    """Whichever is drawn first: what a group's backward frees is there until the group ends."""
+    table = ScheduleTable.from_rows(
+        "groups", parse_rows("0F0 1F0 (1B0;0F1)OVERLAP_F_B 0B0 1F1 1B1 0B1")
+    )
+    line = planned(table, uniform_costs(2, activation_bytes=10))
+    assert max(level.held for level in line.live(0)) == peak_activations(table)[0] == 3
+    step = simulate(table, uniform_costs(2, activation_bytes=10))
+    assert max(level.held for level in line.live_bytes(0)) == step.rank(0).peak_activation_bytes
+    assert step.rank(0).peak_activation_bytes == 30
 
 
 @pytest.mark.parametrize("pp_size", [2, 4, 8])
