@@ -42,6 +42,7 @@ def test_a_group_that_needs_itself_is_a_deadlock() -> None:
 @pytest.mark.parametrize(
     ("rows", "match"),
     [
+        (("0UNSHARD",), "holds no compute actions"),
         (("0F0 0B0", "1F0"), "rank 1: action 1B0 .or I and W. is missing"),
         (("0F0 0B0", "1F0 1I0"), "rank 1: action 1W0 is missing"),
         (("0F0 0B0", "1F0 1B0 1I0 1W0"), "rank 1, column 2, action 1I0: 1I0 doubles 1B0"),
