@@ -10,6 +10,8 @@ namespace hfpp {
 
 namespace {
 
+constexpr std::size_t kMostShown = 8;  // ranks in a message
+
 // What has been done of a stage and microbatch.
 constexpr std::uint8_t kForward = 1;
 constexpr std::uint8_t kGradient = 2;  // of the inputs
@@ -385,7 +387,16 @@ std::string SimulationRun::stuck() const {
   }
   std::string text = schedule_.name() + ": the schedule " +
                      (circle ? "deadlocks" : "does not run to its end") + ": ";
-  for (const std::size_t waiting : way) {
+  // The circle's first ranks, or those nearest to the one that has ended; there may be thousands.
+  const std::size_t shown = std::min(way.size(), kMostShown);
+  const std::size_t others = way.size() - shown;
+  const std::size_t first = circle ? 0 : others;
+  if (!circle && others > 0) {
+    text += std::to_string(others) + " more ranks wait in a line for rank " +
+            std::to_string(way[first]) + "; ";
+  }
+  for (std::size_t i = first; i < first + shown; ++i) {
+    const std::size_t waiting = way[i];
     const Row& row = rows_[waiting];
     const Route route = transfers_.route_of_message(row.waits_for);
     const Action maker(route.gradient ? Kind::FullBackward : Kind::Forward, route.producer,
@@ -394,6 +405,7 @@ std::string SimulationRun::stuck() const {
             text_of(maker) + " of rank " + std::to_string(route.source) + "; ";
   }
   if (!circle) return text + "rank " + std::to_string(rank) + " comes to its end without it";
+  if (others > 0) return text + "and " + std::to_string(others) + " more ranks of the circle";
   return text.substr(0, text.size() - 2);
 }
 

@@ -654,6 +654,27 @@ def test_what_cannot_run_is_named(rows: tuple[str, ...], match: str) -> None:
             simulate(table, costs, overlap=overlap)
 
 
+def test_thousands_of_waiting_ranks_are_told_in_few_words() -> None:
+    size = 5000
+    rows = [f"{r}F0 {r + size}F0 {r + size}B0 {r}B0".split() for r in range(size)]
+    rows[0][:2] = rows[0][1::-1]
+    with pytest.raises(PipelineConfigError) as caught:
+        simulate(parse_table(*map(" ".join, rows)), uniform_costs(2 * size))
+    message = str(caught.value)
+    assert "deadlocks: rank 0, column 0, action 5000F0 waits for 4999F0 of rank 4999; " in message
+    assert message.endswith("; and 4992 more ranks of the circle")
+    assert len(message) < 1000
+
+    rows = [f"{r}F0 {r}B0".split() for r in range(size)]
+    del rows[-1][1]
+    with pytest.raises(PipelineConfigError) as caught:
+        simulate(parse_table(*map(" ".join, rows)), uniform_costs(size))
+    message = str(caught.value)
+    assert "to its end: 4991 more ranks wait in a line for rank 4991; rank 4991, column" in message
+    assert message.endswith("waits for 4999B0 of rank 4999; rank 4999 comes to its end without it")
+    assert len(message) < 1000
+
+
 def test_parts_of_a_group_compute() -> None:
     joined = 1 << 62
     send = parse_table("0F0 0SEND_F0 0B0", "1F0 1B0").native.codes(0)[1]
