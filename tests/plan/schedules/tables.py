@@ -73,6 +73,7 @@ def random_table(chance: Random) -> ScheduleTable:
         partners = [key for key in others if home[key[0]] == home[stage]]
         if kind is K.FORWARD and partners and chance.random() < 0.2:
             parts.append(Action(*chance.choice(partners)))
+            chance.shuffle(parts)
         group = Action(-1, K.OVERLAP, None, tuple(parts))
         rows[home[stage]].append(group if len(parts) > 1 else parts[0])
         for part in parts:

@@ -89,6 +89,13 @@ def test_the_most_activations_are_known(form: int) -> None:
     assert peak_activations(table_of("1F1B", p, 1, n, form)) == (4, 3, 2, 1)
 
 
+def test_what_a_group_frees_is_held_until_the_group_ends() -> None:
+    rows = parse_rows("0F0 1F0 (1B0;0F1)OVERLAP_F_B 0B0 1F1 1B1 0B1")
+    assert peak_activations(ScheduleTable.from_rows("table", rows)) == verdict(rows).peaks == (3,)
+    message = problem_of(rows, activation_limit=2)
+    assert "column 2, action (1B0;0F1)OVERLAP_F_B: the rank then holds 3 activations" in message
+
+
 @settings(max_examples=60)
 @given(seed=st.integers(0, 2**32), limit=st.integers(1, 12))
 def test_a_limit_of_activations_is_kept(seed: int, limit: int) -> None:
