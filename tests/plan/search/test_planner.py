@@ -91,7 +91,8 @@ def test_no_partition_is_faster_than_the_bound(run):
 
 def test_a_pipeline_of_one_rank_has_no_virtual_stages():
     found = [c for c in candidates(small_request(), gpus=8, num_layers=7) if c.pp_size == 1]
-    assert found and {candidate.stages_per_rank for candidate in found} == {1}
+    assert found
+    assert {candidate.stages_per_rank for candidate in found} == {1}
     wanted = small_request(pp_sizes=(1,), schedules=("ZBVZeroBubble",))
     assert candidates(wanted, gpus=8, num_layers=7)[0].stages_per_rank == 2  # as asked for
 
