@@ -91,7 +91,7 @@ sanitize: setup  ## Run the native checks and the table tests under ASan and UBS
 	  ../venv/bin/python -m pytest -p no:cacheprovider -m "not torch" \
 	  -k "not memory_is_bounded" \
 	  tests/test_core.py tests/plan/test_placement.py tests/plan/test_partition.py \
-	  tests/plan/test_tensor_shapes.py tests/plan/partitioning/test_balance.py tests/plan/schedules/test_verify_faults.py \
+	  tests/plan/test_tensor_shapes.py tests/plan/partitioning/test_balance.py tests/plan/schedules/test_verifier_faults.py \
 	  tests/plan/schedules/test_schedule_files.py
 
 # Five minutes each, from the corpus of the tests; what breaks is left in build/fuzz. Needs Clang.

@@ -23,8 +23,8 @@ from hfpp.plan.costs import ModelCosts
 from hfpp.plan.partition import uniform_offsets
 from hfpp.plan.partitioning.balance import balance_layers, balanced_partition
 from hfpp.plan.placement import Placement
-from hfpp.plan.schedules.schedule import compute_table, find_schedule
-from hfpp.plan.schedules.simulate import simulate
+from hfpp.plan.schedules import compute_table, find_schedule
+from hfpp.plan.schedules.simulator import simulate
 from hfpp.profile.measure import profile_model
 from tests.ranks import run_ranks
 from tests.sleeping_model import VOCABULARY, SleepingModel, sleeping_costs

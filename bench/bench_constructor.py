@@ -14,8 +14,8 @@ from measure import Target, ratio
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from hfpp.plan.placement import Placement
+from hfpp.plan.schedules import SCHEDULES, compute_table
 from hfpp.plan.schedules.lowering import lower
-from hfpp.plan.schedules.schedule import SCHEDULES, compute_table
 from hfpp.runtime.build_schedule import build_pipeline_schedule
 
 STAGES_PER_RANK = 2

@@ -14,8 +14,8 @@ sys.path.insert(0, str(measure.ROOT))  # the slow oracle and torch's side live w
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from hfpp import _core
+from hfpp.plan.schedules import SCHEDULES, compute_table
 from hfpp.plan.schedules.lowering import lower
-from hfpp.plan.schedules.schedule import SCHEDULES, compute_table
 from tests.reference import lowering as slow_lowering
 from tests.reference import orders as slow_orders
 from tests.reference.torch_orders import LOWERING, torch_schedule

@@ -6,11 +6,11 @@ import measure
 from measure import Target, ratio, seconds, take_turns
 from torch.distributed.pipelining import schedules
 
+from hfpp.plan.schedules import SCHEDULES, compute_table
 from hfpp.plan.schedules.actions import ScheduleTable
 from hfpp.plan.schedules.lock_step import lock_step
 from hfpp.plan.schedules.lowering import lower
-from hfpp.plan.schedules.schedule import SCHEDULES, compute_table
-from hfpp.plan.schedules.simulate import Link, simulate, uniform_costs
+from hfpp.plan.schedules.simulator import Link, simulate, uniform_costs
 
 NOTE = """\
 Medians, and in brackets the 10th and 90th percentiles. The competitors of a row take turns in one

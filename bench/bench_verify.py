@@ -11,10 +11,10 @@ from torch.distributed.pipelining import schedules as torch_schedules
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hfpp.errors import PipelineConfigError
+from hfpp.plan.schedules import SCHEDULES, compute_table
 from hfpp.plan.schedules.actions import ScheduleTable
 from hfpp.plan.schedules.lowering import lower
-from hfpp.plan.schedules.schedule import SCHEDULES, compute_table
-from hfpp.plan.schedules.verify import verify
+from hfpp.plan.schedules.verifier import verify
 from tests.reference.verify import verdict
 
 LARGE = (  # schedule, ranks, stages per rank, microbatches

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from hfpp.plan.render import schedule_svg
-from hfpp.plan.schedules.schedule import compute_table, find_schedule
+from hfpp.plan.schedules import compute_table, find_schedule
 
 PICTURE = Path(__file__).with_name("schedule.svg")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hfpp import cli
-from hfpp.plan.schedules.schedule import SCHEDULES, compute_table, write_csv
+from hfpp.plan.schedules import SCHEDULES, compute_table, write_csv
 from tests.plan.search.small_jobs import SMALL
 
 JOB = ("--gpus", "8", "--global-batch", "32", "--seq-len", "1024", "--pp", "4")

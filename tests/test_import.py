@@ -25,7 +25,7 @@ def loaded_by(statement: str) -> set[str]:
 PLANNING = """
 import hfpp
 from hfpp.plan import partition, placement, tensor_shapes
-from hfpp.plan.schedules import schedule
+from hfpp.plan.schedules import named
 hfpp.stage_ids_this_rank(0, 4, 8)
 hfpp.generate_hf_model_fqn_per_model_part(4, 32)
 hfpp.calculate_virtual_stages(32, None, 4, True)

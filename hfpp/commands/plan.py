@@ -13,7 +13,7 @@ from hfpp.commands.option_values import as_options, columns, integer, integers, 
 from hfpp.commands.output_files import check_outputs, writing
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.pipeline_plan import RECOMPUTE
-from hfpp.plan.schedules.schedule import SCHEDULES
+from hfpp.plan.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from hfpp.plan.costs import ModelCosts
@@ -215,7 +215,7 @@ def _write(given: argparse.Namespace, plans: list[RankedPlan], cluster: Cluster)
             write_plan(plans[0].plan, given.out)
         written.append(given.out)
     if given.csv is not None:
-        from hfpp.plan.schedules.schedule import write_csv
+        from hfpp.plan.schedules import write_csv
 
         with writing("--csv", given.csv):
             write_csv(plans[0].plan.table(), given.csv)

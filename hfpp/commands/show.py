@@ -75,7 +75,7 @@ def _costing(given: argparse.Namespace) -> Costing:
     from hfpp.plan.costs_file import read_costs_file
     from hfpp.plan.partitioning.grammar import parse_partition
     from hfpp.plan.render.subject import Costing
-    from hfpp.plan.schedules.simulate import Link
+    from hfpp.plan.schedules.simulator import Link
 
     _check_numbers(given)
     if given.partition is not None and given.costs is None:

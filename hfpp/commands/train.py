@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from hfpp.commands.option_values import integer, number
-from hfpp.plan.schedules.schedule import SCHEDULES
+from hfpp.plan.schedules import SCHEDULES
 from hfpp.train.options import RunDtype, TrainOptions
 
 __all__ = ["add_to", "run"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from hfpp._core import __version__
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.placement import stage_ids_this_rank
-from hfpp.plan.schedules.schedule import (
+from hfpp.plan.schedules import (
     ScheduleTable,
     check_microbatches,
     compute_table,

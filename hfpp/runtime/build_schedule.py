@@ -12,8 +12,7 @@ import torch
 
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.placement import Placement
-from hfpp.plan.schedules.actions import ActionKind
-from hfpp.plan.schedules.schedule import (
+from hfpp.plan.schedules import (
     ScheduleTable,
     check_microbatches,
     compute_table,
@@ -21,6 +20,7 @@ from hfpp.plan.schedules.schedule import (
     read_csv,
     verify,
 )
+from hfpp.plan.schedules.actions import ActionKind
 from hfpp.runtime import torch_compat as compat
 from hfpp.runtime.auxiliary_loss import AuxiliaryLosses
 from hfpp.runtime.compiled import refuse_wrapping_compilation, spare_late_weights
@@ -31,7 +31,7 @@ from hfpp.runtime.tied_weights import TiedGradients
 if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage
 
-    from hfpp.plan.schedules.schedule import ScheduleSpec
+    from hfpp.plan.schedules import ScheduleSpec
 
 __all__ = ["add_step_context", "build_pipeline_schedule", "check_pipeline_schedule"]
 

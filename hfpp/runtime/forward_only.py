@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from hfpp.plan.schedules import forward_table
 from hfpp.plan.schedules.actions import Action, ActionKind
 from hfpp.plan.schedules.lowering import lower
-from hfpp.plan.schedules.schedule import forward_table
 from hfpp.runtime import torch_compat as compat
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch.distributed.pipelining import PipelineStage
 
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.partitioning.grammar import parse_partition
-from hfpp.plan.schedules.schedule import find_schedule
+from hfpp.plan.schedules import find_schedule
 from hfpp.runtime.build_schedule import build_pipeline_schedule, check_pipeline_schedule
 from hfpp.runtime.data_parallel import ReducingStage
 from hfpp.runtime.live_partition import LivePartition

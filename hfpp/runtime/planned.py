@@ -13,7 +13,7 @@ from torch import nn
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.pipeline_plan import ModelFingerprint, PipelinePlan
 from hfpp.plan.plan_file import plan_as_json, read_plan
-from hfpp.plan.schedules.schedule import find_schedule
+from hfpp.plan.schedules import find_schedule
 from hfpp.plan.tensor_shapes import hidden_and_vocab_size
 from hfpp.runtime.find_anatomy import find_anatomy
 from hfpp.runtime.module_names import module_names_of

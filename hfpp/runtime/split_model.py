@@ -17,7 +17,7 @@ from hfpp.errors import PipelineConfigError
 from hfpp.plan.partition import calculate_virtual_stages, check_rounding, uniform_offsets
 from hfpp.plan.partitioning.spec import PartitionKind
 from hfpp.plan.placement import Placement, stage_ids_this_rank
-from hfpp.plan.schedules.schedule import ScheduleTable, find_schedule, read_csv
+from hfpp.plan.schedules import ScheduleTable, find_schedule, read_csv
 from hfpp.runtime.anatomy import Anatomy
 from hfpp.runtime.auxiliary_term import FLAG, asks_for_auxiliary_loss, flagged_configs
 from hfpp.runtime.compiled import compile_alike, nothing_left

@@ -12,7 +12,7 @@ from hfpp.plan.costs import ModelCosts
 from hfpp.plan.costs_file import read_costs
 from hfpp.plan.partitioning.grammar import parse_partition
 from hfpp.plan.partitioning.spec import PartitionSpec
-from hfpp.plan.schedules.schedule import ScheduleSpec, check_microbatches, find_schedule
+from hfpp.plan.schedules import ScheduleSpec, check_microbatches, find_schedule
 from hfpp.train.errors import OptionError
 
 __all__ = ["RunDtype", "TrainOptions"]

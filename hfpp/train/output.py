@@ -213,7 +213,7 @@ class RunFolder:
 
 
 def _table(options: TrainOptions, shape: RunShape) -> ScheduleTable:
-    from hfpp.plan.schedules.schedule import compute_table
+    from hfpp.plan.schedules import compute_table
 
     return compute_table(
         options.schedule_spec,

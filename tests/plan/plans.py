@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hfpp.plan.partition import uniform_offsets
 from hfpp.plan.pipeline_plan import RECOMPUTE, ModelFingerprint, ParallelSizes, PipelinePlan
 from hfpp.plan.prediction import MemoryParts, NetworkParts, Prediction, TimeParts
-from hfpp.plan.schedules.schedule import SCHEDULES
+from hfpp.plan.schedules import SCHEDULES
 
 MODEL = ModelFingerprint(
     model_type="llama",

@@ -17,7 +17,7 @@ from hfpp import PipelineConfigError
 from hfpp.plan.partition import uniform_offsets
 from hfpp.plan.pipeline_plan import ParallelSizes, PipelinePlan
 from hfpp.plan.plan_file import plan_as_json, read_plan, write_plan
-from hfpp.plan.schedules.schedule import ScheduleTable, compute_table, find_schedule, parse_action
+from hfpp.plan.schedules import ScheduleTable, compute_table, find_schedule, parse_action
 from tests.plan.plans import MODEL, plan_of, plans
 
 

@@ -13,7 +13,7 @@ import pytest
 from hfpp import cli
 from hfpp.plan.costs_file import costs_as_json
 from hfpp.plan.plan_file import read_plan
-from hfpp.plan.schedules.schedule import read_csv, verify
+from hfpp.plan.schedules import read_csv, verify
 from tests.plan.search.small_jobs import EXPERTS, SMALL
 from tests.plan.search.test_planner import measured
 from tests.test_import import loaded_by

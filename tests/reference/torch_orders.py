@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.pipelining import schedules as torch_schedules
 
-from hfpp.plan.schedules.schedule import SCHEDULES
+from hfpp.plan.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -19,7 +19,7 @@ from hfpp.plan.costs import ModelCosts
 from hfpp.plan.estimates.hardware import Hardware
 from hfpp.plan.model.shape import ModelShape
 from hfpp.plan.pipeline_plan import PipelinePlan
-from hfpp.plan.schedules.schedule import SCHEDULES, check_microbatches, find_schedule
+from hfpp.plan.schedules import SCHEDULES, check_microbatches, find_schedule
 from hfpp.plan.search.candidates import PlanRequest
 from hfpp.plan.search.cluster import Cluster
 from hfpp.plan.search.planner import find_plans, fingerprint_of

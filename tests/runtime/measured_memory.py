@@ -17,7 +17,7 @@ from hfpp.plan.estimates.workload import Workload
 from hfpp.plan.model.shape import ModelShape
 from hfpp.plan.pipeline_plan import Recompute
 from hfpp.plan.prediction import MemoryParts
-from hfpp.plan.schedules.schedule import compute_table, find_schedule
+from hfpp.plan.schedules import compute_table, find_schedule
 from hfpp.runtime.loss import causal_lm_loss
 from tests.runtime.live_bytes import LiveBytes
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from hfpp.plan.partition import uniform_offsets
 from hfpp.plan.partitioning.balance import balanced_partition
-from hfpp.plan.schedules.schedule import compute_table, find_schedule
-from hfpp.plan.schedules.simulate import simulate
+from hfpp.plan.schedules import compute_table, find_schedule
+from hfpp.plan.schedules.simulator import simulate
 from tests.models import token_ids
 from tests.ranks import run_ranks
 from tests.runtime.real_pipelines import build, data_and_pipeline_mesh

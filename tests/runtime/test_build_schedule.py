@@ -16,8 +16,8 @@ from torch.distributed.pipelining import schedules as torch_schedules
 
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.placement import Placement
+from hfpp.plan.schedules import SCHEDULES, compute_table, find_schedule, write_csv
 from hfpp.plan.schedules.lowering import lower
-from hfpp.plan.schedules.schedule import SCHEDULES, compute_table, find_schedule, write_csv
 from hfpp.runtime.build_schedule import (
     add_step_context,
     build_pipeline_schedule,

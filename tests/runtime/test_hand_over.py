@@ -11,8 +11,8 @@ import torch
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from hfpp.plan.placement import Placement
+from hfpp.plan.schedules import SCHEDULES, compute_table, verify, write_csv
 from hfpp.plan.schedules.actions import ScheduleTable
-from hfpp.plan.schedules.schedule import SCHEDULES, compute_table, verify, write_csv
 from hfpp.runtime.build_schedule import build_pipeline_schedule
 from hfpp.runtime.lazy_rows import LazyRows
 from tests.reference.torch_orders import torch_schedule

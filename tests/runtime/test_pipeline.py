@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from hfpp import causal_lm_loss, pipeline_model, reset_pp_stage_shapes, scale_grads_by_divisor
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.partition import generate_hf_model_fqn_per_model_part
-from hfpp.plan.schedules.schedule import compute_table, find_schedule, write_csv
+from hfpp.plan.schedules import compute_table, find_schedule, write_csv
 from hfpp.runtime.pipeline import Pipeline, _move
 from tests.models import (
     FAMILIES,

@@ -14,7 +14,7 @@ from hfpp import PipelineConfigError
 from hfpp.plan.pipeline_plan import ModelFingerprint, ParallelSizes, PipelinePlan
 from hfpp.plan.plan_file import write_plan
 from hfpp.plan.prediction import MemoryParts, NetworkParts, Prediction, TimeParts
-from hfpp.plan.schedules.schedule import compute_table, find_schedule
+from hfpp.plan.schedules import compute_table, find_schedule
 from hfpp.runtime.find_anatomy import find_anatomy
 from hfpp.runtime.planned import fingerprint_of
 from tests.models import tiny_model

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from hfpp.plan.render.recorded import RankRecord, recorded_timeline
+from hfpp.plan.schedules import SCHEDULES, compute_table
 from hfpp.plan.schedules.lowering import lower
-from hfpp.plan.schedules.schedule import SCHEDULES, compute_table
 from hfpp.runtime.clocks import clock_offset
 from hfpp.runtime.recording import StepRecorder
 from tests.ranks import run_ranks

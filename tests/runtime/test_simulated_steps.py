@@ -13,8 +13,8 @@ from torch.distributed.pipelining import PipelineStage
 
 from hfpp import build_pipeline_schedule
 from hfpp.plan.costs import UnitCost
-from hfpp.plan.schedules.schedule import SCHEDULES, compute_table
-from hfpp.plan.schedules.simulate import simulate
+from hfpp.plan.schedules import SCHEDULES, compute_table
+from hfpp.plan.schedules.simulator import simulate
 from tests.ranks import run_ranks
 
 RANKS = 4

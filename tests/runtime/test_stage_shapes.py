@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.placement import Placement
-from hfpp.plan.schedules.schedule import SCHEDULES
+from hfpp.plan.schedules import SCHEDULES
 from hfpp.runtime.build_schedule import build_pipeline_schedule
 from hfpp.runtime.split_model import split_model_into_stages
 from hfpp.runtime.stage_shapes import precompute_stage_shapes, reset_pp_stage_shapes

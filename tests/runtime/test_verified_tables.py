@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from hfpp.errors import PipelineConfigError
+from hfpp.plan.schedules import SCHEDULES, compute_table
 from hfpp.plan.schedules.actions import ScheduleTable, parse_action
 from hfpp.plan.schedules.lowering import lower
-from hfpp.plan.schedules.schedule import SCHEDULES, compute_table
-from hfpp.plan.schedules.verify import verify
+from hfpp.plan.schedules.verifier import verify
 from hfpp.runtime import torch_compat as compat
 from tests.plan.schedules.mutants import mutant
 from tests.ranks import RankError, run_ranks

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hfpp import PipelineConfigError
 from hfpp.plan.costs import ModelCosts, UnitCost
 from hfpp.plan.costs_file import costs_as_json
-from hfpp.plan.schedules.schedule import SCHEDULES
+from hfpp.plan.schedules import SCHEDULES
 from hfpp.train.errors import OptionError
 from hfpp.train.options import RunDtype, TrainOptions
 from hfpp.train.torchrun import TorchrunRank

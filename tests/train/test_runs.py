@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from hfpp import cli
-from hfpp.plan.schedules.schedule import SCHEDULES
+from hfpp.plan.schedules import SCHEDULES
 from hfpp.train import launcher
 from hfpp.train.inputs import prepare_inputs
 from hfpp.train.loop import train_rank

@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 
 from hfpp import cli
 from hfpp.plan.render.trace_file import read_trace
-from hfpp.plan.schedules.schedule import SCHEDULES, compute_table
+from hfpp.plan.schedules import SCHEDULES, compute_table
 from hfpp.train.errors import OptionError
 from hfpp.train.options import TrainOptions
 

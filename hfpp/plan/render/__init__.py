@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from hfpp.plan.render.html import timeline_html
 from hfpp.plan.render.planned import planned
 from hfpp.plan.render.svg import timeline_svg
-from hfpp.plan.schedules.simulate import Link, uniform_costs
+from hfpp.plan.schedules.simulator import Link, uniform_costs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hfpp.plan.costs import UnitCost
     from hfpp.plan.render.timeline import Timeline
     from hfpp.plan.schedules.actions import ScheduleTable
-    from hfpp.plan.schedules.simulate import Links
+    from hfpp.plan.schedules.simulator import Links
 
 __all__ = ["schedule_html", "schedule_svg"]
 
@@ -57,7 +57,7 @@ def schedule_svg(
         PipelineConfigError: the table does not run to its end, or the costs do not fit it.
 
     Example:
-        >>> from hfpp.plan.schedules.schedule import compute_table, find_schedule
+        >>> from hfpp.plan.schedules import compute_table, find_schedule
         >>> svg = schedule_svg(compute_table(find_schedule("1F1B"), pp_size=4, n_microbatches=8))
         >>> svg[:4]
         '<svg'

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.render.timeline import LEAST_TIME, Bar, Kept, Timeline, Transfer
 from hfpp.plan.schedules.actions import ActionKind
-from hfpp.plan.schedules.simulate import Link, simulate
+from hfpp.plan.schedules.simulator import Link, simulate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hfpp.plan.costs import UnitCost
     from hfpp.plan.schedules.actions import ScheduleTable
-    from hfpp.plan.schedules.simulate import Links
     from hfpp.plan.schedules.simulation import Simulation
+    from hfpp.plan.schedules.simulator import Links
 
 __all__ = ["planned", "simulated_timeline"]
 

@@ -14,9 +14,9 @@ from hfpp.plan.render.chrome_trace import Take
 from hfpp.plan.render.planned import planned
 from hfpp.plan.render.recorded import Comparison, compared, middle_take, table_of
 from hfpp.plan.render.trace_file import is_trace, trace_takes
-from hfpp.plan.schedules.schedule import SCHEDULES, compute_table, find_schedule, read_csv
+from hfpp.plan.schedules import SCHEDULES, compute_table, find_schedule, read_csv
 from hfpp.plan.schedules.schedule_json import read_json
-from hfpp.plan.schedules.simulate import Link, uniform_costs
+from hfpp.plan.schedules.simulator import Link, uniform_costs
 from hfpp.plan.strict_json import read_json_file
 
 if TYPE_CHECKING:

@@ -53,7 +53,7 @@ def lock_step(table: ScheduleTable) -> LockStep:
 
     Example:
         >>> from hfpp.plan.schedules.lowering import lower
-        >>> from hfpp.plan.schedules.schedule import compute_table, find_schedule
+        >>> from hfpp.plan.schedules import compute_table, find_schedule
         >>> table = compute_table(find_schedule("GPipe"), pp_size=2, n_microbatches=1)
         >>> found = lock_step(lower(table, unshard=False, reduce_grad=False))
         >>> [f"{action} {step}" for action, step in found.row(1)], found.steps

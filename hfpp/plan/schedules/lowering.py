@@ -44,7 +44,7 @@ def lower(
             incomplete, or has communication already.
 
     Example:
-        >>> from hfpp.plan.schedules.schedule import compute_table, find_schedule
+        >>> from hfpp.plan.schedules import compute_table, find_schedule
         >>> table = compute_table(find_schedule("GPipe"), pp_size=2, n_microbatches=1)
         >>> [str(action) for action in lower(table, unshard=False).row(0)]
         ['0F0', '0SEND_F0', '0RECV_B0', '0B0', '0REDUCE_GRAD']

@@ -10,7 +10,7 @@ from hfpp.errors import PipelineConfigError
 from hfpp.plan.estimates.workload import DTYPE_BYTES
 from hfpp.plan.pipeline_plan import RECOMPUTE, ParallelSizes, Recompute
 from hfpp.plan.placement import stage_ids_by_rank
-from hfpp.plan.schedules.schedule import (
+from hfpp.plan.schedules import (
     SCHEDULES,
     ScheduleSpec,
     check_microbatches,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.pipeline_plan import LARGEST_WORLD
-from hfpp.plan.schedules.simulate import Link
+from hfpp.plan.schedules.simulator import Link
 
 if TYPE_CHECKING:
     from hfpp.plan.estimates.hardware import Hardware

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.partitioning.balance import MemoryCap, balanced_partition
 from hfpp.plan.prediction import NetworkParts, Prediction, TimeParts
-from hfpp.plan.schedules.schedule import compute_table
-from hfpp.plan.schedules.simulate import simulate, uniform_costs
+from hfpp.plan.schedules import compute_table
+from hfpp.plan.schedules.simulator import simulate, uniform_costs
 from hfpp.plan.search.candidates import ranks_of
 from hfpp.plan.search.rank_bytes import RankBytes
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hfpp.plan.costs import ModelCosts, UnitCost
     from hfpp.plan.prediction import MemoryParts
     from hfpp.plan.schedules.actions import ScheduleTable
-    from hfpp.plan.schedules.simulate import Simulation
+    from hfpp.plan.schedules.simulator import Simulation
     from hfpp.plan.search.candidates import Candidate
     from hfpp.plan.search.cluster import Cluster
     from hfpp.plan.search.cost_sources import CostShares, CostSource

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hfpp.plan.costs import UnitCost
     from hfpp.plan.model.shape import ModelShape
     from hfpp.plan.prediction import Prediction
-    from hfpp.plan.schedules.simulate import Link
+    from hfpp.plan.schedules.simulator import Link
     from hfpp.plan.search.candidates import Candidate, PlanRequest
     from hfpp.plan.search.cluster import Cluster
     from hfpp.plan.search.cost_sources import CostSource, Measured

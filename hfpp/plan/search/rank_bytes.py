@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hfpp.plan.estimates.workload import Workload
     from hfpp.plan.prediction import MemoryParts
     from hfpp.plan.schedules.actions import ScheduleTable
-    from hfpp.plan.schedules.simulate import Simulation
+    from hfpp.plan.schedules.simulator import Simulation
     from hfpp.plan.search.candidates import Candidate
     from hfpp.plan.search.replicas import Replicas
 

@@ -18,9 +18,9 @@ from hfpp.plan.render.chrome_trace import Take, chrome_trace
 from hfpp.plan.render.planned import planned
 from hfpp.plan.render.timeline import Timeline
 from hfpp.plan.render.trace_file import read_trace
-from hfpp.plan.schedules.schedule import SCHEDULES, compute_table
-from hfpp.plan.schedules.simulate import Link, uniform_costs
-from tests.plan.schedules.test_schedule import sizes, table_of
+from hfpp.plan.schedules import SCHEDULES, compute_table
+from hfpp.plan.schedules.simulator import Link, uniform_costs
+from tests.plan.schedules.test_named import sizes, table_of
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
 MEMBERS = st.sampled_from(["ph", "action", "rank", "ts", "dur", "step", "from", "bytes", "label"])

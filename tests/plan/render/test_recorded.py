@@ -22,8 +22,8 @@ from hfpp.plan.render.recorded import (
     table_of,
 )
 from hfpp.plan.render.timeline import Timeline
+from hfpp.plan.schedules import SCHEDULES, compute_table
 from hfpp.plan.schedules.actions import parse_action
-from hfpp.plan.schedules.schedule import SCHEDULES, compute_table
 
 
 def record(

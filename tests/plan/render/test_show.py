@@ -16,9 +16,9 @@ from hfpp.plan.plan_file import write_plan
 from hfpp.plan.render.chrome_trace import chrome_trace
 from hfpp.plan.render.planned import planned
 from hfpp.plan.render.recorded import Computed, RankRecord, recorded_takes
-from hfpp.plan.schedules.schedule import SCHEDULES, compute_table, write_csv
+from hfpp.plan.schedules import SCHEDULES, compute_table, write_csv
 from hfpp.plan.schedules.schedule_json import write_json
-from hfpp.plan.schedules.simulate import uniform_costs
+from hfpp.plan.schedules.simulator import uniform_costs
 from tests.commands import run_command
 from tests.plan.plans import plan_of
 

@@ -19,11 +19,11 @@ from hfpp.plan.render import schedule_html, schedule_svg
 from hfpp.plan.render.layout import text_width
 from hfpp.plan.render.planned import planned
 from hfpp.plan.render.svg import comparison_svg, timeline_svg
+from hfpp.plan.schedules import SCHEDULES, compute_table
 from hfpp.plan.schedules.actions import ScheduleTable, parse_action
 from hfpp.plan.schedules.lowering import lower
-from hfpp.plan.schedules.schedule import SCHEDULES, compute_table
-from hfpp.plan.schedules.simulate import Link, uniform_costs
-from tests.plan.schedules.test_schedule import sizes, table_of
+from hfpp.plan.schedules.simulator import Link, uniform_costs
+from tests.plan.schedules.test_named import sizes, table_of
 
 SVG = "{http://www.w3.org/2000/svg}"
 Box = tuple[float, float, float, float]

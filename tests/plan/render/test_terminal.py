@@ -17,8 +17,8 @@ from hfpp.plan.render.colours import shade
 from hfpp.plan.render.planned import planned
 from hfpp.plan.render.terminal import Look, terminal_lines
 from hfpp.plan.render.timeline import Timeline
-from hfpp.plan.schedules.schedule import SCHEDULES, ActionKind, compute_table
-from hfpp.plan.schedules.simulate import Link, uniform_costs
+from hfpp.plan.schedules import SCHEDULES, ActionKind, compute_table
+from hfpp.plan.schedules.simulator import Link, uniform_costs
 
 
 def timeline_of(name: str, pp_size: int, n_microbatches: int, latency: float = 0.0) -> Timeline:

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hfpp.plan.costs import UnitCost
 from hfpp.plan.render.planned import planned
 from hfpp.plan.render.timeline import Bar, Kept, Timeline
+from hfpp.plan.schedules import SCHEDULES, compute_table
 from hfpp.plan.schedules.actions import ScheduleTable, parse_action
-from hfpp.plan.schedules.schedule import SCHEDULES, compute_table
-from hfpp.plan.schedules.simulate import simulate, uniform_costs
-from hfpp.plan.schedules.verify import peak_activations
+from hfpp.plan.schedules.simulator import simulate, uniform_costs
+from hfpp.plan.schedules.verifier import peak_activations
 from tests.plan.schedules.tables import parse_rows
-from tests.plan.schedules.test_schedule import sizes, table_of
+from tests.plan.schedules.test_named import sizes, table_of
 
 
 def timeline_of(name: str, pp_size: int, n_microbatches: int, **changes: Any) -> Timeline:

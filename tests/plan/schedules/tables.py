@@ -8,7 +8,7 @@ from random import Random
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.placement import ranks_by_stage
 from hfpp.plan.schedules.actions import Action, ActionKind, ScheduleTable, parse_action
-from hfpp.plan.schedules.verify import verify
+from hfpp.plan.schedules.verifier import verify
 from tests.reference.verify import Rows
 
 K = ActionKind

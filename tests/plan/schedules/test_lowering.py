@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfpp.errors import PipelineConfigError
+from hfpp.plan.schedules import SCHEDULES, compute_table, forward_table
 from hfpp.plan.schedules.actions import Action, ActionKind, ScheduleTable, parse_action
 from hfpp.plan.schedules.lowering import lower
-from hfpp.plan.schedules.schedule import SCHEDULES, compute_table, forward_table
+from tests.plan.schedules.test_named import sizes, table_of, texts
 from tests.plan.schedules.test_orders import shapes
-from tests.plan.schedules.test_schedule import sizes, table_of, texts
 from tests.reference import lowering as reference
 from tests.reference.torch_orders import (
     LOWERING,

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 
 from hfpp import _core
 from hfpp.errors import PipelineConfigError
-from hfpp.plan.schedules.actions import ScheduleTable
-from hfpp.plan.schedules.schedule import (
+from hfpp.plan.schedules import (
     SCHEDULES,
     check_microbatches,
     compute_table,
     forward_table,
     rank_actions,
 )
-from tests.plan.schedules.test_schedule import sizes, table_of, texts
+from hfpp.plan.schedules.actions import ScheduleTable
+from tests.plan.schedules.test_named import sizes, table_of, texts
 from tests.reference import orders, unit_time
 from tests.reference.torch_orders import TORCH_NAMES, torch_order
 

@@ -9,16 +9,16 @@ import pytest
 
 from hfpp import _core
 from hfpp.errors import PipelineConfigError
-from hfpp.plan.schedules.actions import ScheduleTable
-from hfpp.plan.schedules.lowering import lower
-from hfpp.plan.schedules.schedule import (
+from hfpp.plan.schedules import (
     compute_table,
     find_schedule,
     least_activation_limit,
     rank_actions,
 )
-from hfpp.plan.schedules.simulate import simulate, uniform_costs
-from hfpp.plan.schedules.verify import peak_activations, verify
+from hfpp.plan.schedules.actions import ScheduleTable
+from hfpp.plan.schedules.lowering import lower
+from hfpp.plan.schedules.simulator import simulate, uniform_costs
+from hfpp.plan.schedules.verifier import peak_activations, verify
 from tests.reference import v_limited
 
 SIZES = [(pp, n) for pp in range(2, 17) for n in sorted({1, pp // 2, pp, 2 * pp + 1, 4 * pp})]

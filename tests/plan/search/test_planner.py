@@ -19,9 +19,9 @@ from hfpp import PipelineConfigError
 from hfpp.plan.costs import ModelCosts, UnitCost
 from hfpp.plan.pipeline_plan import ParallelSizes
 from hfpp.plan.prediction import MemoryParts, NetworkParts, Prediction, TimeParts
-from hfpp.plan.schedules.schedule import SCHEDULES, compute_table
-from hfpp.plan.schedules.simulate import simulate
-from hfpp.plan.schedules.verify import verify
+from hfpp.plan.schedules import SCHEDULES, compute_table
+from hfpp.plan.schedules.simulator import simulate
+from hfpp.plan.schedules.verifier import verify
 from hfpp.plan.search.candidates import Candidate, candidates, ranks_of
 from hfpp.plan.search.comparison import why_it_lost
 from hfpp.plan.search.planner import RankedPlan, find_plans

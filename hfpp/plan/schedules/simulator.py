@@ -167,7 +167,7 @@ def simulate(
         OverflowError: bytes beyond 64 bits, or times whose sums are more than a float holds.
 
     Example:
-        >>> from hfpp.plan.schedules.schedule import compute_table, find_schedule
+        >>> from hfpp.plan.schedules import compute_table, find_schedule
         >>> table = compute_table(find_schedule("1F1B"), pp_size=4, n_microbatches=8)
         >>> step = simulate(table, uniform_costs(4, forward=1.0, backward=2.0))
         >>> step.step_time, step.rank(0).idle.total, step.rank(0).peak_live

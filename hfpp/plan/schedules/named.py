@@ -11,29 +11,22 @@ from typing import TYPE_CHECKING
 from hfpp import _core
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.placement import Placement
-from hfpp.plan.schedules.actions import Action, ActionKind, ScheduleTable, parse_action, unpacked
-from hfpp.plan.schedules.schedule_csv import read_csv, write_csv
-from hfpp.plan.schedules.verify import verify
+from hfpp.plan.schedules.actions import ScheduleTable, unpacked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from hfpp.plan.schedules.actions import Action
+
 __all__ = [
     "SCHEDULES",
-    "Action",
-    "ActionKind",
     "ScheduleSpec",
-    "ScheduleTable",
     "check_microbatches",
     "compute_table",
     "find_schedule",
     "forward_table",
     "least_activation_limit",
-    "parse_action",
     "rank_actions",
-    "read_csv",
-    "verify",
-    "write_csv",
 ]
 
 

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.placement import Placement
-from hfpp.plan.schedules.actions import Action, ActionKind, ScheduleTable
-from hfpp.plan.schedules.lowering import lower
-from hfpp.plan.schedules.schedule import (
+from hfpp.plan.schedules import (
     SCHEDULES,
     check_microbatches,
     compute_table,
     find_schedule,
     verify,
 )
+from hfpp.plan.schedules.actions import Action, ActionKind, ScheduleTable
+from hfpp.plan.schedules.lowering import lower
 from tests.advice import check_advice
 from tests.reference.torch_orders import TORCH_NAMES, torch_schedule
 

@@ -16,14 +16,14 @@ from torch.distributed.pipelining import schedules
 from hfpp import _core
 from hfpp.errors import PipelineConfigError
 from hfpp.plan.costs import UnitCost
+from hfpp.plan.schedules import SCHEDULES, compute_table
 from hfpp.plan.schedules.actions import Action, ActionKind, ScheduleTable, parse_action
 from hfpp.plan.schedules.lock_step import lock_step
 from hfpp.plan.schedules.lowering import lower
-from hfpp.plan.schedules.schedule import SCHEDULES, compute_table
-from hfpp.plan.schedules.simulate import Link, Simulation, simulate, uniform_costs
-from hfpp.plan.schedules.verify import peak_activations, verify
+from hfpp.plan.schedules.simulator import Link, Simulation, simulate, uniform_costs
+from hfpp.plan.schedules.verifier import peak_activations, verify
 from tests.advice import check_advice
-from tests.plan.schedules.test_schedule import sizes, table_of
+from tests.plan.schedules.test_named import sizes, table_of
 from tests.reference import simulate as reference
 
 F, B = ActionKind.FORWARD, ActionKind.FULL_BACKWARD

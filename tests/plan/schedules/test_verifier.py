@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from hfpp.errors import PipelineConfigError
+from hfpp.plan.schedules import SCHEDULES, check_microbatches, compute_table
 from hfpp.plan.schedules.actions import ScheduleTable, parse_action
 from hfpp.plan.schedules.lowering import lower
-from hfpp.plan.schedules.schedule import SCHEDULES, check_microbatches, compute_table
-from hfpp.plan.schedules.verify import peak_activations, verify
+from hfpp.plan.schedules.verifier import peak_activations, verify
 from tests.plan.schedules.mutants import mutant
 from tests.plan.schedules.tables import assert_places_exist, parse_rows, problem_of, random_table
 from tests.reference.torch_orders import torch_schedule

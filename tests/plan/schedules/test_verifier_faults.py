@@ -7,10 +7,10 @@ import re
 import pytest
 
 from hfpp.errors import PipelineConfigError
+from hfpp.plan.schedules import SCHEDULES, compute_table
 from hfpp.plan.schedules.actions import Action, ActionKind, ScheduleTable
 from hfpp.plan.schedules.lowering import lower
-from hfpp.plan.schedules.schedule import SCHEDULES, compute_table
-from hfpp.plan.schedules.verify import verify
+from hfpp.plan.schedules.verifier import verify
 from tests.plan.schedules.tables import assert_places_exist, parse_rows, problem_of
 from tests.reference.verify import verdict
 
