@@ -2,8 +2,9 @@
 
 The peak is found by going through the rank's own computations in order, as torch's pipelining runs
 them: a split backward keeps everything until its weights' part, and of layers that are computed
-again nothing, as it is not split; buffers for what is received stay for the whole step, and so do
-the last stage's outputs where ``step`` returns them.
+again nothing, as it is not split; buffers for what is received stay for the whole step, or, as from
+torch 2.15 on, for as long as they are used; the last stage's outputs stay where ``step`` returns
+them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from hfpp.plan.estimates.activations import (
     layer_bytes,
     split_backward_bytes,
 )
+from hfpp.plan.estimates.ledger import Ledger
 from hfpp.plan.estimates.local_parameters import (
     embedding_parameters,
     expert_parameters,
@@ -26,7 +28,6 @@ from hfpp.plan.estimates.local_parameters import (
 )
 from hfpp.plan.estimates.work_space import embedding_work_space, head_work_space, layer_work_space
 from hfpp.plan.prediction import MemoryParts
-from hfpp.plan.schedules.actions import ActionKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -54,7 +55,12 @@ class Keeping:
         sends: whether what was sent stays to the step's end, as in torch's runtime for several
             stages per rank; None: where a rank has several.
         buffers_ahead: whether there is a buffer for every microbatch and direction from the start,
-            as in torch 2.11 to 2.14, or only for what is on its way.
+            as in torch 2.11 to 2.14. False: as in torch 2.15, each is made when it is needed. That
+            of an input lives as long as the microbatch is in flight, and on the last stage to the
+            step's end, where the losses' graphs end in it; that of a gradient while the backward
+            goes on from it. A rank with one stage then frees an output as soon as it is sent; of
+            several stages, at the microbatch's backward. Plans are made without torch, so they do
+            not know its version: they take True, which needs more.
     """
 
     gradient_bytes: int | None = None
@@ -175,10 +181,12 @@ def rank_memory(
     last = len(offsets) - 2
     boundary = work.boundary_bytes * shape.hidden_size
     stay = len(stages) > 1 if keeping.sends is None else keeping.sends
-    ledger = _Ledger(
+    ledger = Ledger(
         held,
         last=last,
-        sent=boundary if stay else 0,
+        boundary=boundary,
+        sends_stay=stay,
+        buffers_ahead=keeping.buffers_ahead,
         outputs=keeping.outputs,
         in_one_piece=work.has_whole_backwards,
     )
@@ -187,15 +195,16 @@ def rank_memory(
             if leaf.kind.is_compute:
                 ledger.run(leaf)
     ledger.finish(exchanged_bytes(shape, work, stages, last))
-    activations, logits, sent = ledger.peak
+    activations, logits, exchanged = ledger.peak
     ends = sum((stage > 0) + (stage < last) for stage in stages)
+    ahead = n_microbatches if keeping.buffers_ahead else 0
     gradient = work.width if keeping.gradient_bytes is None else keeping.gradient_bytes
     return MemoryParts(
         parameters=parameters * work.width,
         gradients=parameters * gradient,
         optimizer=_states(parameters, experts, work, keeping) * keeping.optimizer_bytes,
         activations=activations,
-        receive_buffers=sent + boundary * ends * (n_microbatches if keeping.buffers_ahead else 1),
+        receive_buffers=exchanged + boundary * ends * ahead,
         logits=logits,
     )
 
@@ -238,77 +247,3 @@ def _states(parameters: int, experts: int, work: Workload, keeping: Keeping) -> 
     own = keeping.expert_replicas
     own = max(1, replicas // work.ep) if own is None else own
     return -(-(parameters - experts) // replicas) - (-experts // own)
-
-
-class _Ledger:
-    """Bytes in flight, computation by computation.
-
-    Attributes:
-        peak: where they were most: what layers keep and work in, what the loss does, what was sent.
-    """
-
-    def __init__(
-        self,
-        held: dict[int, StageBytes],
-        *,
-        last: int,
-        sent: int,
-        outputs: bool,
-        in_one_piece: bool,
-    ) -> None:
-        self.peak = (0, 0, 0)
-        self._held = held
-        self._last = last
-        self._in_one_piece = in_one_piece
-        self._boundary = sent
-        self._keeps_outputs = outputs
-        self._kept = self._loss = self._sent = 0
-
-    def run(self, action: Action) -> None:
-        """One computation: what it works in, keeps and frees."""
-        index = action.stage
-        stage = self._held.get(index)
-        if stage is None:
-            raise PipelineConfigError(
-                f"{action} is of a stage that the rank does not have: it has {sorted(self._held)}"
-            )
-        layers = stage.kept - stage.kept_by_loss
-        if action.kind == ActionKind.FORWARD:
-            self._kept += layers
-            self._loss += stage.kept_by_loss
-            self._see(0, stage.loss_work_space // 2)
-            return
-        if action.kind == ActionKind.BACKWARD_WEIGHT:
-            if self._in_one_piece:
-                return
-            self._see(stage.work_space)
-            self._kept -= stage.late - stage.kept
-        else:
-            is_split = action.kind == ActionKind.BACKWARD_INPUT and not self._in_one_piece
-            self._see(0, stage.loss_work_space)
-            self._see(stage.work_space, 0 if is_split else -stage.freed_by_loss)
-            self._send(index - 1)
-            if is_split:
-                self._kept += stage.late - stage.kept
-                self._see(stage.work_space)
-                return
-        self._kept -= layers
-        self._loss -= stage.kept_by_loss - (stage.output if self._keeps_outputs else 0)
-        self._send(index + 1)  # its output, which was among what it kept
-        self._see(stage.after)
-
-    def finish(self, exchanged: int) -> None:
-        """The end of the step: outputs that were kept are joined beside what they are joined of."""
-        self._kept = 0
-        self._loss *= 2
-        self._sent = exchanged
-        self._see(0)
-
-    def _send(self, other: int) -> None:
-        if 0 <= other <= self._last and other not in self._held:
-            self._sent += self._boundary
-
-    def _see(self, space: int, loss_space: int = 0) -> None:
-        now = (self._kept + space, self._loss + loss_space, self._sent)
-        if sum(now) > sum(self.peak):
-            self.peak = now
