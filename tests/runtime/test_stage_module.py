@@ -408,6 +408,8 @@ def test_checkpointing_is_exact():
         (wrap_every_layer, "DualPipeV"),
         (hf_reentrant, "GPipe"),
         (hf_reentrant, "Interleaved1F1B"),
+        (hf_reentrant, "ZBVZeroBubble"),  # torch has no split backward for it: it runs whole
+        (hf_reentrant, "DualPipeV"),
     ]
     assert run_ranks(checkpointed, 2, args=(cases,)) == [[], []]
 
@@ -415,12 +417,6 @@ def test_checkpointing_is_exact():
 def test_a_replay_with_another_microbatch_is_seen():
     wrong = run_ranks(checkpointed, 2, args=([(wrap_own_layers, "GPipe")], True))
     assert any("model.layers.2.self_attn.q_proj.weight: off by" in what for what in wrong[1])
-
-
-def test_reentrant_checkpointing_cannot_give_gradients_of_inputs_alone():
-    """Torch says so itself; what matters is that it does say so."""
-    with pytest.raises(RankError, match="use_reentrant=True"):
-        run_ranks(checkpointed, 2, args=([(hf_reentrant, "ZBVZeroBubble")],))
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
