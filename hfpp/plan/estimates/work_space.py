@@ -48,11 +48,15 @@ def layer_work_space(layer: LayerShape, work: Workload) -> int:
 
 
 def head_work_space(shape: ModelShape, work: Workload) -> int:
-    """Bytes at most while the loss's backward runs: two gradients of the logits in float32."""
+    """Bytes at most while the loss's backward runs, beside what it keeps.
+
+    First two gradients of the logits in float32; then that of the head's matrix beside one of the
+    logits, when the loss's own softmax is freed already.
+    """
     tokens = work.tokens / work.tp
-    of_loss = 2 * tokens * shape.vocab_size * max(work.width, _FLOAT)
+    softmax = tokens * shape.vocab_size * max(work.width, _FLOAT)
     of_head = (tokens + shape.hidden_size / work.tp) * shape.vocab_size * work.width
-    return round(max(of_loss, of_head))
+    return round(max(2 * softmax, of_head - softmax))
 
 
 def embedding_work_space(shape: ModelShape, work: Workload) -> int:
