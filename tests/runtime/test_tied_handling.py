@@ -162,10 +162,11 @@ def interrupted(rank: int, world_size: int) -> list[str]:
     assert end.grad is not None
     before = end.grad.clone()
     fails = True
-    with pytest.raises((Interrupted, RuntimeError)):
+    with pytest.raises((Interrupted, RuntimeError)) as raised:
         step(pipeline, mesh, ids)
-    dist.barrier()  # what rank 0 has sent arrives as long as it lives
-    return [] if torch.equal(end.grad, before) else ["the gradient changed"]
+    # What rank 0 has sent arrives as long as rank 0 lives, and its error, which holds the messages.
+    dist.barrier()
+    return [] if torch.equal(end.grad, before) else [f"the gradient changed by {raised.value!r}"]
 
 
 def test_a_step_that_raises_leaves_tied_gradients_as_they_were() -> None:
