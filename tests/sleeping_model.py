@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,24 +14,24 @@ from hfpp.plan.costs import ModelCosts, UnitCost
 WIDTH, VOCABULARY = 8, 16
 
 
-class _Sleep(torch.autograd.Function):
-    """Sleeps a third of its time in the forward and the rest in the backward."""
+class Sleep(torch.autograd.Function):
+    """The identity, which sleeps for given seconds in its forward and in its backward."""
 
     @staticmethod
-    def forward(ctx, x, seconds):
-        ctx.seconds = seconds
+    def forward(ctx: Any, x: Tensor, forward: float, backward: float) -> Tensor:
+        ctx.backward_seconds = backward
         if x.device.type != "meta":
-            time.sleep(seconds / 3)
+            time.sleep(forward)
         return x.clone()
 
     @staticmethod
-    def backward(ctx, gradient):
-        time.sleep(2 * ctx.seconds / 3)
-        return gradient, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        time.sleep(ctx.backward_seconds)
+        return gradient, None, None
 
 
 class SleepingLayer(nn.Module):
-    """A layer that takes so many seconds, forward and backward."""
+    """A layer that takes so many seconds: a third in the forward, the rest for its inputs."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -38,7 +39,7 @@ class SleepingLayer(nn.Module):
         self.linear = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(_Sleep.apply(x, self.seconds))
+        return self.linear(Sleep.apply(x, self.seconds / 3, 2 * self.seconds / 3))
 
 
 class SleepingModel(nn.Module):

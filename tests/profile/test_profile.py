@@ -1,68 +1,22 @@
 """Measured costs: of every part, by kind, without a trace in the model; and the command's file."""
 
 import copy
-import time
 
 import pytest
 import torch
-from torch import nn
 from transformers import LlamaConfig
 
 from hfpp import PipelineConfigError, cli
 from hfpp.plan.costs_file import read_costs
 from hfpp.profile.measure import profile_model
 from tests.models import tiny_model
+from tests.sleeping_model import SleepingModel
 
 SLEEP = 0.03
 
 
-class _Sleep(torch.autograd.Function):
-    """Takes its time in both directions."""
-
-    @staticmethod
-    def forward(ctx, x, seconds):
-        ctx.seconds = seconds
-        if x.device.type != "meta":
-            time.sleep(seconds)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        time.sleep(2 * ctx.seconds)
-        return gradient, None
-
-
-class Sleeper(nn.Module):
-    """A layer with a known cost: forward, twice that for the inputs, nothing more for weights."""
-
-    def __init__(self, seconds):
-        super().__init__()
-        self.seconds = seconds
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.linear(_Sleep.apply(x, self.seconds))
-
-
-class SleepingModel(nn.Module):
-    """Layers and a head that sleep."""
-
-    def __init__(self, times, head):
-        super().__init__()
-        self.embedding = nn.Embedding(16, 8)
-        self.layers = nn.ModuleList([Sleeper(seconds) for seconds in times])
-        self.sleep = head
-        self.head = nn.Linear(8, 16)
-
-    def forward(self, ids):
-        x = self.embedding(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(_Sleep.apply(x, self.sleep))
-
-
 def test_times_are_those_of_the_parts():
-    model = SleepingModel([SLEEP, 2 * SLEEP, SLEEP], 3 * SLEEP)
+    model = SleepingModel([3 * SLEEP, 6 * SLEEP, 3 * SLEEP], 9 * SLEEP)
     costs = profile_model(model, microbatch_size=2, seq_len=4, repeats=2)
     assert costs.source == "measured"
     assert costs.layers[0] is costs.layers[2]  # the same kind, timed once
@@ -80,11 +34,27 @@ def test_bytes_and_parameters():
     layer = sum(p.numel() for p in model.layers[0].parameters())
     assert [unit.parameters for unit in costs.layers] == [layer, layer]
     assert costs.embedding.parameters == model.embedding.weight.numel()
-    assert costs.head.parameters == sum(p.numel() for p in model.head.parameters())
+    assert costs.head.parameters == layer + sum(p.numel() for p in model.head.parameters())
     # the linear layer keeps its input, [2, 4, 8] in float32, and nothing else
     assert costs.layers[0].activation_bytes == 2 * 4 * 8 * 4
     double = profile_model(model, microbatch_size=4, seq_len=4, repeats=1)
     assert double.layers[0].activation_bytes == 2 * costs.layers[0].activation_bytes
+
+
+def test_gradients_are_added_up_apart_from_those_that_the_model_has():
+    model = SleepingModel([0.0, 0.0], 0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    own = [parameter.grad for parameter in model.parameters()]
+    weight, places = model.head.weight, []
+    weight.register_post_accumulate_grad_hook(lambda p: places.append(p.grad.data_ptr()))
+    profile_model(model, microbatch_size=2, seq_len=4, repeats=2)
+    assert len(places) >= 4  # two runs to warm up
+    assert len(set(places)) == 1  # added to what was there
+    assert places[0] != weight.grad.data_ptr()
+    for parameter, gradient in zip(model.parameters(), own, strict=True):
+        assert parameter.grad is gradient
+        assert torch.equal(gradient, torch.ones_like(gradient))
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gemma2", "gpt2"])

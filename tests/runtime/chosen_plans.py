@@ -25,6 +25,7 @@ from hfpp.plan.search.cluster import Cluster
 from hfpp.plan.search.planner import find_plans, fingerprint_of
 from hfpp.profile.measure import profile_model
 from hfpp.runtime.pipeline import Pipeline
+from tests.sleeping_model import Sleep
 
 PP = 2
 # What gloo does between two processes of one machine, roughly.
@@ -37,36 +38,6 @@ GLOO = Hardware(
     network_bandwidth=2e9,
     latency=3e-4,
 )
-
-
-class _Sleep(torch.autograd.Function):
-    """Takes its time in both directions."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, seconds: float) -> torch.Tensor:
-        ctx.seconds = seconds
-        if x.device.type != "meta":
-            time.sleep(seconds)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        time.sleep(ctx.seconds)
-        return gradient, None
-
-
-class _SleepBackward(torch.autograd.Function):
-    """Takes its time in the backward only."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, seconds: float) -> torch.Tensor:
-        ctx.seconds = seconds
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        time.sleep(ctx.seconds)
-        return gradient, None
 
 
 class Sleeper(nn.Linear):
@@ -83,8 +54,8 @@ class Sleeper(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         seconds = self.seconds + self.per_row * x.shape[0]
-        weight = _SleepBackward.apply(self.weight, seconds)
-        return nn.functional.linear(_Sleep.apply(x, seconds), weight)
+        weight = Sleep.apply(self.weight, 0.0, seconds)
+        return nn.functional.linear(Sleep.apply(x, seconds, seconds), weight)
 
 
 class Job(NamedTuple):

@@ -16,23 +16,10 @@ from hfpp.plan.costs import UnitCost
 from hfpp.plan.schedules import SCHEDULES, compute_table
 from hfpp.plan.schedules.simulator import simulate
 from tests.ranks import run_ranks
+from tests.sleeping_model import Sleep
 
 RANKS = 4
 STEPS = 3  # measured, after one that sets up what torch sets up in the first
-
-
-class SleepyGradient(torch.autograd.Function):
-    """The identity, whose backward takes a while."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, seconds: float) -> Tensor:
-        ctx.seconds = seconds
-        return tensor.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        time.sleep(ctx.seconds)
-        return gradient, None
 
 
 class SleepyStage(nn.Module):
@@ -45,9 +32,9 @@ class SleepyStage(nn.Module):
         self.pace = 0.0
 
     def forward(self, hidden: Tensor) -> Tensor:
-        time.sleep(self.pace * self.cost.forward)
-        hidden = SleepyGradient.apply(hidden, self.pace * self.cost.backward_input)
-        return hidden + SleepyGradient.apply(self.weight, self.pace * self.cost.backward_weight)
+        cost, pace = self.cost, self.pace
+        hidden = Sleep.apply(hidden, pace * cost.forward, pace * cost.backward_input)
+        return hidden + Sleep.apply(self.weight, 0.0, pace * cost.backward_weight)
 
 
 def costs_of(scales: list[float]) -> tuple[UnitCost, ...]:
